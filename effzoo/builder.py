@@ -49,8 +49,9 @@ def build(
     name: of the zoo (`effzoo.models()`), or a TOML file; with `pretrained` None, for the sizes and layout found there.
     attention: a spec such as `"longformer[window=256]"` instead of the entry's own.
     peft: a spec such as `"prefix[length=16]|lora[rank=4]"`.
-    task: features, classification, token_classification, question_answering, masked_lm or causal_lm; None for that of a
-        folder that `effzoo.save` wrote, or of a checkpoint without a name, else features.
+    task: features, classification, token_classification, question_answering, masked_lm, causal_lm or, of an
+        encoder-decoder, seq2seq_lm; None for that of a folder that `effzoo.save` wrote, or of a checkpoint without a
+        name, else features.
     num_labels: of a classification head; 1 for regression. None for those of the weights' own head, else 2.
     pretrained: a folder that `effzoo.save` wrote; a local folder, hub id or live model in a layout of transformers; or
         True for the entry's own weights.

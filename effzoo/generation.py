@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from effzoo.annotations import Count, Few, Fraction, Number, Positive, Whole, checked, problem
-from effzoo.architectures import Config, PerceiverConfig, Transformer
+from effzoo.architectures import Config, EncoderDecoder, PerceiverConfig, Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean, shown
 from effzoo.lookup import Ahead
@@ -62,8 +62,10 @@ _REFUSED = {
     "generation_config": "give its options themselves, such as temperature=0.7; those of a converted model are in "
     "model.config",
     "inputs_embeds": "text is continued from token ids; for trained rows in front of a prompt attach 'prompt'",
-    "decoder_start_token_id": "a decoder starts with its prompt; put the token there",
+    "decoder_start_token_id": "a decoder starts with its prompt, and an encoder-decoder with decoder_start_token of "
+    "its config; say it there",
 }
+_OF_SOURCE = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty")
 _NUMBERS: dict[str, Any] = {  # which transformers takes unseen, or fails on in the middle
     "max_new_tokens": Count, "max_length": Count, "min_new_tokens": Whole, "min_length": Whole, "num_beams": Few,
     "num_return_sequences": Few, "prompt_lookup_num_tokens": Count, "max_matching_ngram_size": Count,
@@ -77,7 +79,7 @@ _NEUTRAL = {"num_beam_groups": 1, "guidance_scale": 1.0}
 
 @checked
 def generate(
-    model: Transformer,
+    model: Transformer | EncoderDecoder,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -86,6 +88,9 @@ def generate(
     **options: Any,
 ) -> Any:
     """Continue token ids [batch, n] as transformers' `generate` does: ids [batch, n + new], the prompt in front.
+
+    An encoder-decoder reads input_ids as the source, padded on either side, and the ids are those of the target
+    [batch, 1 + new], which begins with its `decoder_start_token`.
 
     attention_mask [batch, n]: 0 at padding, which stands in front (left) of shorter prompts; a row gives the text and
         the logits that it gives alone.
@@ -106,14 +111,17 @@ def generate(
         transformers does not know, refuses, or that have no meaning here; InputError for prompts that do not fit.
     """
     model = unwrap(model)
-    if not isinstance(model, Transformer) or model.task != "causal_lm":
-        what = f"task {model.task!r}" if isinstance(model, Transformer) else type(model).__name__
+    if not _writes(model):
+        what = f"task {model.task!r}" if isinstance(model, Transformer | EncoderDecoder) else type(model).__name__
         raise IncompatibleError(
-            f"generate needs a decoder with a language-model head, got {what}; build it with task='causal_lm'"
+            f"generate needs a decoder with a language-model head, got {what}; build it with task='causal_lm', or an "
+            "encoder-decoder with task='seq2seq_lm'"
         )
-    without = next((core.name for core in model.cores() if not core.decodes()), None)
+    without = next((core.name for core in _decoder(model).cores() if not core.decodes()), None)
     if use_cache and without:
         raise IncompatibleError(f"attention {without!r} keeps no cache for decoding; generate with use_cache=False")
+    if isinstance(model, EncoderDecoder):
+        return _translated(model, input_ids, attention_mask, global_attention_mask, use_cache, options)
     _check_prompt(model, input_ids, attention_mask)
     called = {name: options.pop(name) for name in _CALL_OPTIONS if options.get(name) is not None}
     config = _settings(model, input_ids, options)
@@ -124,6 +132,64 @@ def generate(
         if isinstance(error, EffzooError) or called:
             raise
         raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
+
+
+def _translated(
+    model: EncoderDecoder, input_ids: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """`generate` of an encoder-decoder: the target of each source, behind the start token."""
+    called = {name: options.pop(name) for name in _CALL_OPTIONS if options.get(name) is not None}
+    start = _start(model, input_ids)
+    config = _settings(model, start, options)
+    rows = _targets(model, input_ids, mask, is_global, use_cache, config)
+    try:
+        return _decoded(model, rows, start, config, called)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, EffzooError) or called:
+            raise
+        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
+
+
+def _start(model: EncoderDecoder, sources: Any) -> Tensor:
+    """What the decoder reads first, int[batch, 1]."""
+    if not isinstance(sources, Tensor) or sources.ndim != 2:
+        given = f"shape {tuple(sources.shape)}" if isinstance(sources, Tensor) else type(sources).__name__
+        raise InputError(f"input_ids is an integer tensor [batch, n], the sources, got {given}")
+    token = model.config.decoder_start_token
+    if token is None:
+        raise OptionError(
+            f"{model.config.name} has no decoder_start_token, behind which the target would start; build it with one"
+        )
+    return torch.full_like(sources[:, :1], token, dtype=torch.long)
+
+
+def _targets(
+    model: EncoderDecoder, ids: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool, config: Any
+) -> Targets:
+    for name in _OF_SOURCE:
+        if getattr(config, name, None) not in (None, 0, 1.0):
+            raise OptionError(
+                f"generate takes no {name} of an encoder-decoder: it would be read off the target instead of the "
+                "source; give a logits_processor"
+            )
+    if config.prompt_lookup_num_tokens:
+        raise OptionError(
+            "prompt_lookup_num_tokens looks up what follows in the text itself, and a target starts from nothing; "
+            "leave it out"
+        )
+    return Targets(model, ids, mask, is_global, use_cache)
+
+
+def _writes(model: Any) -> bool:
+    """Whether a model has a decoder with a language-model head."""
+    return (isinstance(model, Transformer) and model.task == "causal_lm") or (
+        isinstance(model, EncoderDecoder) and model.task == "seq2seq_lm"
+    )
+
+
+def _decoder(model: Transformer | EncoderDecoder) -> Transformer:
+    return model.decoder if isinstance(model, EncoderDecoder) else model
 
 
 def config_of(config: Config | PerceiverConfig) -> GenerationConfig:
@@ -146,10 +212,13 @@ def continued(
     types = given.pop("token_type_ids", None)
     if types is not None and bool(types.any()):
         raise OptionError("generate takes no token_type_ids: a text that is continued is one text; leave them out")
-    if not isinstance(model, Transformer):
+    if not _writes(model):
         raise IncompatibleError(f"a {type(model).__name__} does not generate; build a decoder with task='causal_lm'")
-    sources = (generation_config, outer.generation_config)
-    free = given.get("max_length") is None and all(c is None or c.max_length is None for c in sources)
+    sources = input_ids
+    if isinstance(model, EncoderDecoder):
+        input_ids = _start(model, sources)
+    configs = (generation_config, outer.generation_config)
+    free = given.get("max_length") is None and all(c is None or c.max_length is None for c in configs)
     asked = given.get("use_cache")
     config, rest = outer._prepare_generation_config(generation_config, **given)
     for name, value in rest.items():
@@ -159,7 +228,8 @@ def continued(
         value = getattr(config, name, None)
         if value is not None and value is not False and value != getattr(_filled, name, None):
             raise OptionError(f"generate takes no {name}={shown(value)}: {_reason(name)}")
-    _check_prompt(model, input_ids, mask)
+    if not isinstance(model, EncoderDecoder):
+        _check_prompt(model, input_ids, mask)
     if config.max_new_tokens is not None or free:
         config.max_new_tokens, config.max_length = config.max_new_tokens or 20, None
     wanted = config.max_new_tokens or config.max_length - input_ids.shape[1]
@@ -167,10 +237,15 @@ def continued(
     if config.pad_token_id is None:
         eos = config.eos_token_id
         config.pad_token_id = (eos[0] if isinstance(eos, (list, tuple)) else eos) or 0
-    without = next((core.name for core in model.cores() if not core.decodes()), None)
+    without = next((core.name for core in _decoder(model).cores() if not core.decodes()), None)
     if asked and without:
         raise IncompatibleError(f"attention {without!r} keeps no cache for decoding; generate with use_cache=False")
-    rows = _rows(model, input_ids, mask, is_global, config.use_cache is not False and not without, config)
+    use_cache = config.use_cache is not False and not without
+    rows: Rows | Ahead
+    if isinstance(model, EncoderDecoder):
+        rows = _targets(model, sources, mask, is_global, use_cache, config)
+    else:
+        rows = _rows(model, input_ids, mask, is_global, use_cache, config)
     config.use_cache = False
     return _decoded(model, rows, input_ids, config, called)
 
@@ -187,7 +262,11 @@ def _rows(
 
 
 def _decoded(
-    model: Transformer, rows: Rows | Ahead, input_ids: Tensor, config: GenerationConfig, called: dict[str, Any]
+    model: Transformer | EncoderDecoder,
+    rows: Rows | Ahead,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    called: dict[str, Any],
 ) -> Any:
     was_training = model.training
     try:
@@ -214,7 +293,7 @@ def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor 
         )
 
 
-def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) -> GenerationConfig:
+def _settings(model: Transformer | EncoderDecoder, input_ids: Tensor, options: dict[str, Any]) -> GenerationConfig:
     """The options as a GenerationConfig, each known, with those of the model's config and a length that fits."""
     for name, value in options.items():
         if name in OPTIONS or value is None or value is False or value == _NEUTRAL.get(name):
@@ -228,7 +307,7 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
     for name in _NUMBERS.keys() & options.keys():
         if options[name] is not None and (wrong := problem(options[name], _NUMBERS[name])):
             raise OptionError(f"generate: {name} {wrong}")
-    room = model.config.max_length - input_ids.shape[1] - prompt_length(model)
+    room = _room(model, input_ids)
     options = {
         name: value
         for name, value in (_own(model, room + input_ids.shape[1], options) | options).items()
@@ -246,9 +325,9 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
         raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
 
 
-def _check_room(model: Transformer, input_ids: Tensor, wanted: int) -> None:
+def _check_room(model: Transformer | EncoderDecoder, input_ids: Tensor, wanted: int) -> None:
     """Raise where so many new tokens do not fit behind the prompt."""
-    room = model.config.max_length - input_ids.shape[1] - prompt_length(model)
+    room = _room(model, input_ids)
     if wanted > room:
         advice = (
             f"set max_new_tokens={room}"
@@ -259,6 +338,12 @@ def _check_room(model: Transformer, input_ids: Tensor, wanted: int) -> None:
             f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length "
             f"{model.config.max_length}; {advice}"
         )
+
+
+def _room(model: Transformer | EncoderDecoder, ids: Tensor) -> int:
+    """How many positions are left behind these ids; prompt tokens stand in front of a source."""
+    in_front = 0 if isinstance(model, EncoderDecoder) else prompt_length(model)
+    return model.config.max_length - ids.shape[1] - in_front
 
 
 def _said(config: Any) -> dict[str, Any]:
@@ -273,7 +358,7 @@ def _said(config: Any) -> dict[str, Any]:
     return tokens
 
 
-def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, Any]:
+def _own(model: Transformer | EncoderDecoder, longest: int, given: dict[str, Any]) -> dict[str, Any]:
     """What the model's config says of texts and of generation, without what was given; an INFO record names it."""
     config = model.config
     tokens = _said(config)
@@ -420,13 +505,47 @@ class Rows:
         return (same.int().argmax(dim=-1) + order.view(self.prompts, times)[:, :1]).flatten()
 
 
+class Targets(Rows):
+    """The logits after each row of targets that grow, of as many rows for each source; the sources are encoded once."""
+
+    def __init__(
+        self, model: EncoderDecoder, sources: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool
+    ):
+        was_training = model.training
+        model.eval()
+        try:
+            with decoding():
+                self.states = model.encode(sources, mask, global_attention_mask=is_global)
+        finally:
+            model.train(was_training)
+        self.reader, self.mask, self.cache = model, mask, Cache()
+        self.use_cache, self.prompts, self.before = use_cache, len(sources), sources[:, :0]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        times, start = len(ids) // self.prompts, 0
+        origin = self._origin(ids, times) if self.use_cache else None
+        if origin is None:
+            self.cache = Cache()
+        else:
+            start = ids.shape[1] - 1
+            if not torch.equal(origin, torch.arange(len(origin), device=origin.device)):
+                self.cache.reorder(origin)
+        states = self.states.repeat_interleave(times, dim=0)
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, dim=0)
+        cache = self.cache if self.use_cache else None
+        with decoding():
+            out = self.reader(None, mask, ids[:, start:], encoder_outputs=states, cache=cache)
+        self.before = ids
+        return cast(Tensor, out.logits[:, -1])
+
+
 class _Face(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """Our model with the few attributes that `generate` reads."""
 
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
 
-    def __init__(self, model: Transformer, rows: Rows | Ahead):
+    def __init__(self, model: Transformer | EncoderDecoder, rows: Rows | Ahead):
         parameter = next(model.parameters())
         super().__init__(PreTrainedConfig.from_dict({"vocab_size": model.config.vocab, "is_encoder_decoder": False}))
         self.rows = rows

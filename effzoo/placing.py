@@ -34,6 +34,11 @@ def placed(model: Any, device_map: DeviceMap) -> Any:
         return model.to(next(iter(places.values())))
     if getattr(model.config, "residual", "") == "reversible":
         raise IncompatibleError("a reversible model computes its blocks back on one device; give device_map one device")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise IncompatibleError(
+            "an encoder-decoder is computed on one device: the embedding that its stacks share would be on one of "
+            "several; give device_map one device"
+        )
     from accelerate import dispatch_model
 
     return dispatch_model(model, places)

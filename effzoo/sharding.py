@@ -76,6 +76,11 @@ def shard(model: M, mesh: Any = None, *, offload: bool = False) -> M:
 
     if is_sharded(model):
         return model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise IncompatibleError(
+            "an encoder-decoder is not split over processes: its stacks share the embedding, which is outside the "
+            "blocks of both; train it whole in each process"
+        )
     whole = {parameter for name, parameter in model.named_parameters() if ".adapters." in f".{name}"}
     pinned = torch.accelerator.is_available()
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()

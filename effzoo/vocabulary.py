@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel, Perceiver
 from effzoo.errors import AdapterError, IncompatibleError, OptionError, TooLargeError, did_you_mean
 from effzoo.memory import free
 from effzoo.peft.merging import merged_tensors
@@ -76,7 +76,7 @@ def resize_vocabulary(
             added = {name: tensor[old:] for name, tensor in tensors.items()}
             cast(Growing, module).grow(added.get("weight"), added.get("bias"))
         token.added = max(0, token.added + n - old)
-        assert isinstance(model, Transformer | Perceiver)
+        assert isinstance(model, AnyModel)
         model.config = model.embeddings.config = dataclasses.replace(model.config, vocab=n)
         if isinstance(model, Perceiver):
             model.embeddings.sizes = model.config.inputs()
@@ -85,10 +85,8 @@ def resize_vocabulary(
 
 def _token(model: nn.Module) -> Embedding:
     """The token embedding."""
-    if not isinstance(model, Transformer | Perceiver):
-        raise IncompatibleError(
-            f"resize_vocabulary changes a Transformer or Perceiver of effzoo, got {type(model).__name__}"
-        )
+    if not isinstance(model, AnyModel):
+        raise IncompatibleError(f"resize_vocabulary changes a model of effzoo, got {type(model).__name__}")
     token = model.embeddings.token
     if token is None:
         raise IncompatibleError(

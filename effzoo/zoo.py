@@ -7,15 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from effzoo import architectures
 from effzoo.annotations import annotations_of, problem
-from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
+from effzoo.architectures import Config, PerceiverConfig
 from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing, shown
 from effzoo.memory import room
 
 _HERE = Path(__file__).parent
 _PACKAGED = _HERE / "_models"  # where a wheel has what is in the folder models/ of a checkout
 _FOLDER = _PACKAGED if _PACKAGED.is_dir() else _HERE.parent / "models"
-_ARCHITECTURES = {"perceiver": PerceiverConfig}  # whose config is another than Config
 _NOT_SIZES = ("name", "layout", "paper", "hub", "package")
 _LARGE = 2**20  # with a size above it, or 2**30 weights, each new tensor is compared with the free memory
 _MOST_BYTES = 1_000_000  # of a TOML file: a model is numbers and names
@@ -73,8 +73,7 @@ def _path(name: str | Path) -> Path:
 
 
 def _class(entry: dict[str, Any]) -> Any:
-    named = entry.get("architecture")
-    return _ARCHITECTURES.get(named, Config) if isinstance(named, str) else Config
+    return architectures.config_class(entry.get("architecture"))
 
 
 def _repeated(values: list[Any], layers: int) -> tuple[Any, ...]:
@@ -109,7 +108,7 @@ def _check(path: Path, entry: dict[str, Any]) -> None:
 
 
 def create(name: str | Path, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Any:
-    """A freshly initialised model of the zoo: a Transformer, or a Perceiver."""
+    """A freshly initialised model of the zoo: a Transformer, a Perceiver or an EncoderDecoder."""
     return made(config(name, **sizes), task, num_labels)
 
 
@@ -117,11 +116,7 @@ def made(sized: Config | PerceiverConfig, task: str, num_labels: int) -> Any:
     """A freshly initialised model of a config. Raises TooLargeError for one that memory has no room for."""
     weights = (sized.vocab + max(sized.max_length, num_labels) + sized.layers * (sized.dim + sized.mlp)) * sized.dim
     with room(weights // 2**10, num_labels, dataclasses.asdict(sized), large=_LARGE):
-        return (
-            Perceiver(sized, task, num_labels)
-            if isinstance(sized, PerceiverConfig)
-            else Transformer(sized, task, num_labels)
-        )
+        return architectures.made(sized, task, num_labels)
 
 
 def _files() -> dict[str, Path]:

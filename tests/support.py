@@ -109,3 +109,9 @@ class StopAt(Callback):
     def on_step_start(self, loop):
         if loop.step == self.step:
             raise KeyboardInterrupt
+
+
+def task_of(name):
+    """The task with a loss that a model of the zoo is trained for in tests of all of them."""
+    config = effzoo.zoo.config(name)
+    return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm" if config.causal else "classification"

@@ -160,9 +160,9 @@ def test_the_matrix_marks_what_works_and_says_why_something_is_refused(run, tmp_
         "matrix", "--method", "lora", "--method", "pals", "--attention", "full", "--save", str(tmp_path / "cells.json")
     )
     text = flat(result.output)
-    assert result.exit_code == 0 and "lora ++++" in text and "pals +-++" in text and "need a cache of its own" in text
+    assert result.exit_code == 0 and "lora +++++" in text and "pals +-+-+" in text and "need a cache of its own" in text
     cells = json.loads((tmp_path / "cells.json").read_text())
-    assert len(cells) == 8 and {cell["status"] for cell in cells} == {"works", "refused"}
+    assert len(cells) == 10 and {cell["status"] for cell in cells} == {"works", "refused"}
     assert "did you mean 'lora'" in run("matrix", "--method", "lorra", code=2).stderr
 
 

@@ -881,9 +881,9 @@ def test_attached_adapters_are_refused_until_merged_or_detached(tiny):
 
 
 def test_only_our_transformers_can_be_converted_or_filled():
-    with pytest.raises(ConversionError, match="only a Transformer of effzoo can be converted, got Linear"):
+    with pytest.raises(ConversionError, match="only a model of effzoo can be converted, got Linear"):
         convert.to_transformers(torch.nn.Linear(2, 2))
-    with pytest.raises(ConversionError, match="weights can be loaded into a Transformer of effzoo, got Linear"):
+    with pytest.raises(ConversionError, match="weights can be loaded into a model of effzoo, got Linear"):
         convert.load_pretrained(torch.nn.Linear(2, 2), theirs("bert"))
 
 

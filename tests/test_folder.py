@@ -18,7 +18,15 @@ from effzoo.folder import description, saving
 from effzoo.peft.fingerprint import difference, fingerprint
 from effzoo.sites import sites
 
-TASKS = ("features", "classification", "token_classification", "question_answering", "masked_lm", "causal_lm")
+TASKS = (
+    "features",
+    "classification",
+    "token_classification",
+    "question_answering",
+    "masked_lm",
+    "causal_lm",
+    "seq2seq_lm",
+)
 
 
 def built(name="bert", task="classification", seed=0, **more):
@@ -43,7 +51,8 @@ def moved(model):
 def given(model):
     draw = torch.Generator().manual_seed(3)
     if getattr(model.config, "vocab", 0):
-        return {"input_ids": torch.randint(2, model.config.vocab, (2, 17), generator=draw)}
+        ids = torch.randint(2, model.config.vocab, (2, 17), generator=draw)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {})
     dtype = next(model.parameters()).dtype
     return {"inputs_embeds": torch.randn(2, *model.config.grid, model.config.channels, generator=draw).to(dtype)}
 

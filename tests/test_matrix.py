@@ -1,5 +1,5 @@
-"""Every attention kind x every fine-tuning method x {encoder, decoder, reversible, perceiver}: the laws hold, or it is
-refused with a reason.
+"""Every attention kind x every fine-tuning method x {encoder, decoder, reversible, encoder-decoder, perceiver}: the
+laws hold, or it is refused with a reason.
 
 Driven by the registry: a new kind or method is in the matrix as soon as it is registered.
 """
@@ -64,8 +64,12 @@ def refused(method, attention, architecture):
     return (
         (architecture == "decoder" and effzoo.attention.get(attention).not_causal != "")  # mixes past and future
         or method == "residual_adapter"  # for convolutions
-        or (method == "pals" and architecture == "decoder")  # its own attention would need a cache
-        or (method == "ladder" and architecture == "perceiver")  # no blocks to stand beside
+        # its own attention would need a cache
+        or (method == "pals" and architecture in ("decoder", "encoder-decoder"))
+        # no blocks to stand beside, or two stacks of them
+        or (method == "ladder" and architecture in ("perceiver", "encoder-decoder"))
+        # gates that read a whole text; a head for labels
+        or (method in ("unipelt", "head") and architecture == "encoder-decoder")
     )
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import sizes_of
+from support import sizes_of, task_of
 
 import effzoo
 from effzoo.errors import IncompatibleError, InputError, OptionError, TargetError, UnknownNameError
@@ -29,7 +29,7 @@ PUBLISHED = {
     "blockbert": 109_482_240,
     "linformer": 124_645_632 + 256 * 512,
     "perceiver": 44_912_254 - 1_025_000, "perceiver-io": 196_249_088, "reformer": 2_584_064,
-    "reformer-enwik8": 148_654_080,
+    "reformer-enwik8": 148_654_080, "bart": 139_420_416,
 }  # fmt: skip
 WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen2": 494_032_768, "qwen3": 596_049_920,
     "modernbert": 149_655_232, "smollm3": 3_075_098_624, "olmo2": 1_484_916_736, "gemma2": 2_614_341_888,
@@ -72,7 +72,7 @@ def test_the_line_the_project_exists_for():
         (
             ("longfromer",),
             UnknownNameError,
-            r"unknown model 'longfromer'; did you mean 'longformer'\? Known: albert, bert, blockbert",
+            r"unknown model 'longfromer'; did you mean 'longformer'\? Known: albert, bart, bert",
         ),
         (("bert", {"dims": 8}), OptionError, r"model 'bert' has no size 'dims'; did you mean 'dim'\?"),
         (
@@ -382,12 +382,13 @@ def test_inputs_on_another_device_than_the_model_name_both(tiny, name):
 @pytest.mark.parametrize("name", effzoo.models())
 def test_every_model_of_the_zoo_trains_an_adapter_that_loads_and_merges(name, tmp_path):
     config = effzoo.zoo.config(name)
-    base = effzoo.build(name, task="causal_lm" if config.causal else "classification", **sizes_of(name)).eval()
+    base = effzoo.build(name, task=task_of(name), **sizes_of(name)).eval()
     model = effzoo.attach(copy.deepcopy(base), "lora")
     if name == "perceiver":
         inputs = {"inputs_embeds": torch.randn(2, 6, 6, config.channels), "labels": torch.tensor([0, 1])}
     else:
-        inputs = {"input_ids": ids(2, 37), "labels": ids(2, 37) if config.causal else torch.tensor([0, 1])}
+        labels = ids(2, 37) if task_of(name).endswith("_lm") else torch.tensor([0, 1])
+        inputs = {"input_ids": ids(2, 37), "labels": labels}
         inputs["input_ids"][:, 0] = torch.tensor([2, 3])  # a head that reads the first token can tell them apart
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     first = model(**inputs)

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from support import SIZES, sizes_of
+from support import SIZES, sizes_of, task_of
 from torch import nn
 from typer.testing import CliRunner
 
@@ -192,7 +192,7 @@ def test_float32_adapters_of_a_half_base_are_planned_as_they_run(method, level):
 def test_a_name_is_planned_like_the_built_model(name):
     """Every entry of the zoo, made small: by name, on the meta device, and built."""
     config, sizes = effzoo.zoo.config(name), sizes_of(name)
-    task = "causal_lm" if config.causal else "classification"
+    task = task_of(name)
     if getattr(config, "experts", 0):  # whose numbers of tokens are known when they run
         with pytest.raises(IncompatibleError, match="depends on the values"):
             plan(name, batch=2, length=37, **sizes)
@@ -691,7 +691,7 @@ SPREAD = [  # name, options, spec: of the attention of each layer
 @pytest.mark.parametrize(("name", "attention", "method"), SPREAD)
 def test_a_rank_keeps_what_is_planned(name, attention, method):
     """Activations of the rank in the middle of three, as `OverRanks` runs there, with what others would send."""
-    task = "causal_lm" if effzoo.zoo.config(name).causal else "classification"
+    task = task_of(name)
     model = effzoo.build(name, attention=attention, task=task, peft=method, **SIZES, **TRAINED)
     over = OverRanks(model, Planned(3, 1))
     found = plan(model, batch=2, length=37, ranks=3)

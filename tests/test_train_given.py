@@ -35,8 +35,7 @@ def test_a_module_of_sites_is_told_the_loop_that_trains_it(tmp_path, peft):
     model = Sites() if peft is None else effzoo.attach(Sites(), peft)
     for said in refusals(model, tmp_path):
         assert (
-            "model is a Transformer or Perceiver, as effzoo.build or effzoo.convert.from_transformers returns it, "
-            "got 'Sites'"
+            "model is a model of effzoo, as effzoo.build or effzoo.convert.from_transformers returns it, got 'Sites'"
         ) in said
         assert (
             "a module with 2 of effzoo's sites" in said
@@ -70,6 +69,6 @@ def test_a_module_without_sites_is_told_to_convert_or_build(tmp_path):
 def test_a_teacher_that_is_no_model_is_named_as_such(tiny, tmp_path):
     model = effzoo.build("bert", **{**tiny, "task": "classification", "num_labels": 3, "peft": "lora"})
     with pytest.raises(
-        OptionError, match="^teacher is a Transformer or Perceiver, .* got 'Sites', a module with 2 of effzoo's sites"
+        OptionError, match="^teacher is a model of effzoo, .* got 'Sites', a module with 2 of effzoo's sites"
     ):
         effzoo.finetune(model, ROWS, output_dir=tmp_path, teacher=Sites())

@@ -32,7 +32,10 @@ OF_TRANSFORMERS = frozenset({  # what pipelines and scripts read of a PreTrained
 })  # fmt: skip
 TOKEN_IDS = {"pad_token_id": "pad_token", "bos_token_id": "bos_token", "eos_token_id": "eos_token"}  # of trainers
 C = TypeVar("C")
-TASKS = ("features", "classification", "token_classification", "question_answering", "masked_lm", "causal_lm")
+TASKS = (
+    "features", "classification", "token_classification", "question_answering", "masked_lm", "causal_lm",
+    "seq2seq_lm",
+)  # fmt: skip
 
 
 def check_fields(config: Any) -> None:
@@ -64,7 +67,9 @@ class ReadByTrainers:
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
         """Entries of an output that are no predictions."""
-        return ["last_hidden_state", "balance_loss", "hidden_states", "attentions"]
+        return [
+            "last_hidden_state", "balance_loss", "hidden_states", "attentions", "encoder_last_hidden_state",
+        ]  # fmt: skip
 
     def get_text_config(self, **given: Any) -> Any:
         """The configuration itself: there are texts alone."""
@@ -331,6 +336,11 @@ class Config(ReadByTrainers):
         return self.share_layers or self.layers
 
     @property
+    def stacks(self) -> dict[str, int]:
+        """How many blocks each stack has, by the letter of its blocks' numbers in key maps."""
+        return {"i": self.blocks}
+
+    @property
     def first_layers(self) -> range:
         """The first layer of each block: every layer, unless some share one."""
         return range(0, self.layers, self.layers // self.blocks)
@@ -368,6 +378,11 @@ class Config(ReadByTrainers):
         return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None, "experts": experts})
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether positions count tokens and padding stays at the one before them (RoBERTa), which an offset begins."""
+        return self.pad_token is not None
+
+    @property
     def causal(self) -> bool:
         return self.architecture == "decoder"
 
@@ -375,6 +390,10 @@ class Config(ReadByTrainers):
         """Refuse a task that this architecture has no head for."""
         if task not in TASKS:
             raise OptionError(f"task is one of {', '.join(TASKS)}, got {task!r}")
+        if task == "seq2seq_lm":
+            raise IncompatibleError(
+                f"{self.name} is one stack, and task={task!r} is for an encoder-decoder; build 'bart', say"
+            )
         if task == ("masked_lm" if self.causal else "causal_lm"):
             other = "causal_lm" if self.causal else "masked_lm"
             raise IncompatibleError(

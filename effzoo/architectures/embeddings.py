@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,16 @@ class Embeddings(nn.Module):
     positions are learned, sinusoidal or axial, or there are none (rotary positions act in attention). With
     `scale_embeddings` those of tokens are multiplied by sqrt(dim) (Vaswani et al. 2017, section 3.4; Gemma);
     inputs_embeds and prompts stay as they are.
+
+    tokens: False: the embeddings of tokens are given, as an encoder-decoder gives them to its decoder.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, tokens: bool = True):
         super().__init__()
         self.config = config
         scale = math.sqrt(config.embed_dim) if config.scale_embeddings else 1.0
-        self.token = Embedding(config.vocab, config.embed_dim, scale=scale, role="embed.token")
+        token = Embedding(config.vocab, config.embed_dim, scale=scale, role="embed.token") if tokens else None
+        self.token = cast(Embedding, token)
         self.position = _table(config)
         self.token_type = Embedding(config.types, config.embed_dim, role="embed.type") if config.types else None
         with_norm = config.norm == "post" if config.embed_norm is None else config.embed_norm
@@ -44,7 +48,7 @@ class Embeddings(nn.Module):
 
     def prompt(self) -> Tensor | None:
         """The prompt tokens of active adapters, in front of every input: [p, dim], [batch, p, dim] or None."""
-        return self.token.prompt()
+        return None if self.token is None else self.token.prompt()
 
     def forward(
         self,
@@ -56,7 +60,11 @@ class Embeddings(nn.Module):
         start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The embeddings and their position ids [batch, p + n], after `start` positions that a cache holds."""
-        x = embeds if embeds is not None else self.token(ids)
+        if embeds is None:
+            if self.token is None:
+                raise InputError("a decoder that reads a source is given inputs_embeds, as the source has the tokens")
+            embeds = self.token(ids)
+        x = embeds
         batch, n, _ = x.shape
         positions = self.positions(ids, batch, n, x.device) + start if positions is None else positions.expand(batch, n)
         if self.token_type is not None and types is None:
@@ -76,8 +84,9 @@ class Embeddings(nn.Module):
     def positions(self, ids: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor:
         """0, 1, 2, ...; from an offset, where there is one, and padding has the id before it (as in RoBERTa)."""
         offset = self.config.position_offset
-        if offset and ids is not None and self.config.pad_token is not None:
-            present = ids != self.config.pad_token
+        if offset and ids is not None and self.config.counts_tokens:
+            pad = cast(int, self.config.pad_token)
+            present = ids != pad
             return torch.where(present, present.cumsum(dim=1) + offset - 1, offset - 1)
         return (torch.arange(n, device=device) + offset).expand(batch, n)
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from effzoo.architectures.config import Config
+from effzoo.architectures.encoder_decoder_config import EncoderDecoderConfig
 from effzoo.architectures.perceiver_config import PerceiverConfig
 from effzoo.registry import attention, router
 from effzoo.spec import Spec, parse_one
@@ -22,7 +23,7 @@ WITHOUT_EFFECT = {
     "bos_token": "for generate", "eos_token": "for generate", "generation": "for generate",
     "backend": "the same result by another way", "mlp_chunk": "the same result, fewer positions at a time",
 }  # fmt: skip
-SEPARATE = ("attention", "router")  # specs: with all their options, see `function_of`
+SEPARATE = ("attention", "decoder_attention", "router")  # specs: with all their options, see `function_of`
 COUNTS = (
     "architecture", "vocab", "dim", "layers", "heads", "mlp", "max_length", "share_layers", "embedding_dim",
     "head_dim", "kv_heads", "qk_norm", "attn_bias", "attn_out_bias", "mlp_bias", "mlp_out_bias", "gated", "experts",
@@ -34,6 +35,7 @@ COUNTS = (
     "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim", "cross_mlp", "cross_residual",
     "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim",
     "decoder_mlp", "decoder_residual", "causal", "final_norm",
+    "decoder_layers", "decoder_start_token",
 )  # fmt: skip
 MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
     "head_dim": lambda config: config.head_dim or config.dim // config.heads,
@@ -42,6 +44,9 @@ MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that
     "expert_mlp": lambda config: config.expert_mlp or config.mlp,
     "score_dim": lambda config: config.score_dim or config.head_dim or config.dim // config.heads,
     "share_layers": lambda config: config.blocks,
+    "decoder_layers": lambda config: config.decoder_layers or config.layers,
+    "decoder_heads": lambda config: config.decoder_heads or config.heads,
+    "decoder_mlp": lambda config: config.decoder_mlp or config.mlp,
     "embed_norm": lambda config: config.norm == "post" if config.embed_norm is None else config.embed_norm,
     "lm_bias": lambda config: not config.causal if config.lm_bias is None else config.lm_bias,
 }
@@ -95,8 +100,9 @@ def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) ->
         function[name] = meant(config, name)
     for layer, spec in enumerate(_specs(config)):
         function |= _options(f"attention of layer {layer}", attention, spec)
+        causal = config.causal or layer >= config.layers  # of an encoder-decoder
         if function.get(name := f"attention of layer {layer}, global_projections", False) is None:
-            function[name] = transformer and not config.causal  # where global tokens are, see Longformer
+            function[name] = transformer and not causal  # where global tokens are, see Longformer
     if isinstance(config, Config) and config.experts:
         function |= _options("router", router, parse_one(config.router))
     return function
@@ -120,9 +126,10 @@ def _specs(config: Config | PerceiverConfig) -> Sequence[Spec]:
     """One attention spec per layer with weights of its own."""
     config = config if isinstance(config, Config) else config.latent_transformer()
     given = config.attention
-    return (
+    specs = (
         [parse_one(spec) for spec in given] if isinstance(given, (tuple, list)) else [parse_one(given)] * config.layers
     )
+    return [*specs, *_specs(config.decoder())] if isinstance(config, EncoderDecoderConfig) else specs
 
 
 def _options(what: str, view: Any, spec: Spec) -> dict[str, Any]:

@@ -18,10 +18,12 @@ class Output(dict[str, Any]):
     pooler_output [batch, dim]: of models with a pooler.
     balance_loss: scalar, in training: what balances the experts, weighted and summed over the layers.
     hidden_states, attentions: a tensor for each layer, where they were asked for.
+    encoder_last_hidden_state [batch, n, dim]: of an encoder-decoder, what its decoder reads.
     """
 
     _fields = (
         "loss", "logits", "last_hidden_state", "pooler_output", "balance_loss", "hidden_states", "attentions",
+        "encoder_last_hidden_state",
     )  # fmt: skip
 
     def __getitem__(self, key: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from effzoo.architectures.inside import weights_of
 from effzoo.architectures.output import Output
 from effzoo.architectures.packing import Documents, Rows, check_packed, documents_by_id, documents_of, warn_of_documents
 from effzoo.architectures.sharing import turns
-from effzoo.attention.core import AttentionCore, Cache, Context, Mask
+from effzoo.attention.core import AttentionCore, Cache, Context, Mask, Source
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.blocks.block import Block
 from effzoo.blocks.experts import Experts, balancing, total
@@ -38,54 +39,77 @@ from effzoo.sites.hooks import positionwise
 from effzoo.spec import Spec, parse_one
 
 
+@dataclass(frozen=True)
+class Stack:
+    """What a transformer is inside an encoder-decoder.
+
+    first: the number of its first layer.
+    layers: those of both stacks.
+    reads: whether it is the decoder, which has cross-attention and is given the embeddings of its tokens.
+    """
+
+    first: int
+    layers: int
+    reads: bool = False
+
+
 class Transformer(Recomputing, Model):
     """An encoder (bidirectional) or a decoder (causal) with the head of a task; everything in `config` is data.
 
     Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections
     that end a residual branch by 1 / sqrt(2 layers) (Radford et al. 2019, section 2.3).
+
+    stack: its place in an encoder-decoder; None for a transformer of its own.
     """
 
     shows_mask = True  # the hooks at its sites are given the mask of the batch
 
-    def __init__(self, config: Config, task: str = "features", num_labels: int = 2):
+    def __init__(self, config: Config, task: str = "features", num_labels: int = 2, *, stack: Stack | None = None):
         super().__init__()
         config = dataclasses.replace(config)  # trainers set tokens of it, which are those of this model
         self.config, self.task, self.own_labels = config, task, num_labels
-        self.embeddings = Embeddings(config)
+        self.stack = stack
+        self.reads = stack is not None and stack.reads
+        self.embeddings = Embeddings(config, tokens=not self.reads)
         shared: dict[str, Any] = {}
         specs = attention_specs(config)
         self.blocks = nn.ModuleList(
-            self._block(config, number, specs[layer], shared) for number, layer in enumerate(config.first_layers)
+            self._block(config, number, specs[layer], shared, stack) for number, layer in enumerate(config.first_layers)
         )
         self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm != "post" else None
-        self.side = Side(config.width, config.layers, partial(_narrow, config))
+        # a side network runs beside one stack, and a decoder's would have nothing to read
+        side = Side(config.width, config.layers, partial(_narrow, config)) if stack is None else None
+        self.side = cast(Side, side)
         self.head = head(config, task, num_labels)
         # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.only_what_is_read = False
         self.headless = False
+        self.source: Source | None = None
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
-        for block in cast("Sequence[Block]", self.blocks) if config.causal else ():
+        for block in cast("Sequence[Block]", self.blocks) if config.causal and stack is None else ():
             ends = [part.down for part in block.mlp.modules() if isinstance(part, FeedForward)]
             for linear in (cast(Linear, block.attn.o), *ends):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
 
     @staticmethod
-    def _block(config: Config, number: int, spec: Spec, shared: dict[str, Any]) -> Block:
+    def _block(config: Config, number: int, spec: Spec, shared: dict[str, Any], stack: Stack | None = None) -> Block:
+        stack = stack or Stack(0, config.blocks)
         context = Context(
             heads=config.heads,
             head_dim=config.head_dim or config.dim // config.heads,
             causal=config.causal,
             dropout=config.dropped_weights(config.first_layers[number]),
-            layer=number,
-            layers=config.blocks,
+            layer=stack.first + number,
+            layers=stack.layers,
             max_length=config.max_length,
             backend=config.backend,
             shared=shared,
             score_cap=config.score_cap,
         )
-        block = Block(config.slots(config.first_layers[number]), spec, context)
+        slots = dataclasses.replace(config.slots(config.first_layers[number]), reads=stack.reads)
+        block = Block(slots, spec, context)
         if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
             raise IncompatibleError(
                 f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead "
@@ -153,6 +177,8 @@ class Transformer(Recomputing, Model):
 
         Raises InputError for shapes, dtypes, lengths and ids that do not fit, IncompatibleError for an encoder's cache.
         """
+        if self.reads and self.source is None:
+            raise InputError("the decoder of an encoder-decoder reads a source; call the whole model")
         start, cached_prompt = self._start(cache)
         prompt = self.embeddings.prompt() if start == 0 else None
         prompt_length = 0 if prompt is None else prompt.shape[-2]
@@ -196,6 +222,8 @@ class Transformer(Recomputing, Model):
         mask = self.mask_of(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
         if like is not None:
             mask = dataclasses.replace(mask, documents=like)
+        if self.source is not None:
+            mask = dataclasses.replace(mask, source=self.source)
         if valid is not None:
             valid = valid[:, -(x.shape[1] - prompt_length) :]
         valid = self.read_tokens(valid, input_ids)
@@ -214,7 +242,8 @@ class Transformer(Recomputing, Model):
             if self.final_norm is not None:
                 x = self.final_norm(x)
             if wanted is None:
-                x = x[:, prompt_length:]
+                # the decoder behind an encoder reads the states of the prompt, too
+                x = x if self.stack is not None else x[:, prompt_length:]
                 x = x if rows is None else rows.join([x])
                 output = self._headed(x, valid, labels)
             else:
@@ -244,6 +273,15 @@ class Transformer(Recomputing, Model):
         finally:
             self.headless = False
 
+    @contextmanager
+    def reading(self, source: Source) -> Iterator[None]:
+        """Inside, the cross-attention of a decoder reads this source."""
+        self.source = source
+        try:
+            yield
+        finally:
+            self.source = None
+
     def _check_inside(self, cache: Cache | None, packed: bool) -> None:
         """Raise where hidden states and weights cannot be shown."""
         if cache is not None or packed:
@@ -252,7 +290,7 @@ class Transformer(Recomputing, Model):
                 f"hidden states and attention weights are shown of whole rows, not with {why}; call the model on the "
                 "text alone"
             )
-        if self.side.active and self.side.replaces:
+        if self.beside:
             raise IncompatibleError(
                 "a side network computes the output beside the blocks; deactivate it to see the blocks' hidden states"
             )
@@ -340,7 +378,7 @@ class Transformer(Recomputing, Model):
     def _read(self, x: Tensor, valid: Tensor | None, prompt_length: int) -> Tensor | None:
         """The positions whose output the head reads, after the prompt's; None where the last block computes all."""
         last = cast(Block, self.blocks[-1])
-        plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
+        plain = self.config.residual != "reversible" and not self.beside
         if not (
             self.only_what_is_read
             and not self.headless
@@ -365,7 +403,7 @@ class Transformer(Recomputing, Model):
             seen.extend(self._states(x, mask))
             return seen[-1]
         blocks = self.by_layer()
-        if self.side.active and self.side.replaces:
+        if self.beside:
             if cache is not None:
                 raise IncompatibleError(
                     "a side network keeps no cache for decoding; generate without one (use_cache=False)"
@@ -392,6 +430,11 @@ class Transformer(Recomputing, Model):
         for block in blocks:
             hidden.append(block(hidden[-1], mask))
         return hidden
+
+    @property
+    def beside(self) -> bool:
+        """Whether a side network computes the output in place of the blocks."""
+        return self.side is not None and bool(self.side.active) and self.side.replaces
 
     def by_layer(self) -> Sequence[Block]:
         """The block of each layer; where layers share one, turns of it."""

@@ -74,6 +74,7 @@ class Mask:
     tasks int[batch]: the task of each example, for routers by task.
     start [batch, n, dim]: the embeddings, for routers that read them.
     decisions: choices that stay the same when a block is computed again (see `decide`); None stores none.
+    source: what cross-attention reads in the decoder of an encoder-decoder; None elsewhere.
     tokens: how routers count the tokens of all ranks, beside `over_ranks`.
     documents: takes the documents that share the rows apart (`effzoo.architectures.packing`); None where each row is
         one.
@@ -88,6 +89,7 @@ class Mask:
     tasks: Tensor | None = None
     start: Tensor | None = field(default=None, repr=False)
     decisions: dict[Any, Any] | None = field(default=None, repr=False)
+    source: Source | None = field(default=None, repr=False, kw_only=True)
     documents: Any = field(default=None, repr=False, kw_only=True)
     over_ranks: Callable[..., Tensor] | None = field(default=None, repr=False, kw_only=True)
     tokens: TokensOverRanks | None = field(default=None, repr=False, kw_only=True)
@@ -103,9 +105,11 @@ class Mask:
         """The same mask on another device, where hooks of accelerate bring the inputs of a block."""
         there = torch.device(device)
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        if all(x.device == there for x in tensors.values()):
+        source = None if self.source is None else self.source.to(there, non_blocking)
+        if all(x.device == there for x in tensors.values()) and source is self.source:
             return self
         moved: dict[str, Any] = {name: x.to(there, non_blocking=non_blocking) for name, x in tensors.items()}
+        moved["source"] = source
         return self.memo(("on", there), lambda: replace(self, **moved, _memo={}))
 
     def decide(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -127,6 +131,23 @@ class Mask:
         return self.memo(("key_bias", dtype), lambda: bias_of(valid[:, None, None, :], dtype))
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What the cross-attention of a decoder reads.
+
+    states [batch, s, dim]: those of the encoder.
+    mask: of their positions.
+    """
+
+    states: Tensor
+    mask: Mask
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Source:
+        """The same on another device."""
+        states, mask = self.states.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking)
+        return self if states is self.states and mask is self.mask else Source(states, mask)
+
+
 State = dict[str, Tensor]  # the cache of one layer; the first axis of each tensor is the batch
 
 
@@ -138,10 +159,11 @@ class Cache:
         self.prompt_tokens = 0
         self.states: dict[int, State] = {}  # by layer
         self.beyond: Tensor | None = None  # whether keys are turned as those of a long text are (longrope)
+        self.sources: dict[int, State] = {}  # keys and values of cross-attention, by layer
 
     def reorder(self, index: Tensor) -> None:
         """Take these rows of the batch (beam search; an index may repeat)."""
-        for state in self.states.values():
+        for state in (*self.states.values(), *self.sources.values()):
             state.update({name: tensor.index_select(0, index) for name, tensor in state.items()})
 
 

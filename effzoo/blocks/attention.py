@@ -8,7 +8,7 @@ from typing import Any
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from effzoo.attention.core import AttentionCore, Cache, Context, Mask, take_positions
+from effzoo.attention.core import AttentionCore, Cache, Context, Mask, State, take_positions
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.devices import is_portable
 from effzoo.errors import IncompatibleError
@@ -34,6 +34,7 @@ class Attention(nn.Module):
     qk_plus_one: it multiplies by 1 + w (Gemma 3).
     score_dim: scores are q . k / sqrt(score_dim); None: of the width of a head.
     source_dim: width of the other sequence in cross-attention.
+    role: of the sites, `ROLE.NAME`.
     value_dim: width of the values of a head; None: `context.head_dim`.
     out_dim: width of the output; None: dim; 0: the heads side by side, without o.
     """
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         source_dim: int | None = None,
         value_dim: int | None = None,
         out_dim: int | None = None,
+        role: str = "attn",
     ):
         super().__init__()
         self.core: AttentionCore = registry.create(spec, context)
@@ -67,22 +69,26 @@ class Attention(nn.Module):
         for name, side in self.core.projections.items():
             width = self.heads(name) * (value_dim if side == "value" else context.head_dim)
             inputs = source_dim if source_dim is not None and side in KEY_SIDE else dim
-            linear = Linear(inputs, width, bias=bias, role=f"attn.{name}", layer=context.layer)
+            linear = Linear(inputs, width, bias=bias, role=f"{role}.{name}", layer=context.layer)
             linear.heads = self.heads(name)
             self.add_module(name, linear)
             if qk_norm is not None and side != "value":
                 kind = RMSNormPlusOne if qk_plus_one else RMSNorm
                 normed = width if qk_joint else context.head_dim
-                self.norms[name] = kind(normed, qk_norm, role=f"attn.norm.{name}", layer=context.layer)
+                self.norms[name] = kind(normed, qk_norm, role=f"{role}.norm.{name}", layer=context.layer)
         inner = context.heads * value_dim
         self.o = None
         if out_dim != 0:
             self.o = Linear(
-                inner, out_dim or dim, bias=bias if out_bias is None else out_bias, role="attn.o", layer=context.layer
+                inner,
+                out_dim or dim,
+                bias=bias if out_bias is None else out_bias,
+                role=f"{role}.o",
+                layer=context.layer,
             )
             self.o.heads = context.heads
         self.memory = MemorySite(
-            self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer
+            self.kv_heads, context.head_dim, value_dim=value_dim, role=f"{role}.memory", layer=context.layer
         )
 
     def forward(
@@ -98,7 +104,7 @@ class Attention(nn.Module):
 
         mask: the positions of x, of the source in cross-attention.
         source [batch, s, source_dim]: the other sequence in cross-attention.
-        cache: of a causal model that decodes.
+        cache: of a causal model that decodes; in cross-attention it keeps what is projected of the source.
         wanted int[batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all.
         """
         if mask.documents is not None:
@@ -108,6 +114,8 @@ class Attention(nn.Module):
             self._check_crosses()
         valid = None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :]
         with calling(context := HookContext(valid, mask, x, self.keys_values)):
+            if source is not None:  # a memory stands beside the keys, which are the source's
+                context = HookContext(mask.valid, mask, source, self.keys_values)
             return self._attended(x, mask, source, cache, wanted, context)
 
     def _attended(
@@ -124,8 +132,10 @@ class Attention(nn.Module):
         used = core.uses(mask)
         if source is not None and not autocasts(x):
             source = source.to(x.dtype)
-        inputs = {name: source if source is not None and self.on_key_side(name) else x for name in used}
-        projected = [self.project(name, inputs[name], mask) if name in used else None for name in core.projections]
+        kept = None if source is None or cache is None else cache.sources.setdefault(core.context.layer, {})
+        projected = [
+            self._projected(name, x, source, mask, kept) if name in used else None for name in core.projections
+        ]
         at = (
             wanted if core.has_forward_at and not is_portable() else None
         )  # else all outputs are computed, and the wanted ones are taken
@@ -138,7 +148,7 @@ class Attention(nn.Module):
             heads = mask.over_ranks(core, *projected, group=core.context.heads // self.kv_heads, **given)
         elif at is not None:
             heads = core.forward_at(at, *projected, **given)
-        elif cache is None:
+        elif cache is None or source is not None:
             # of projections that the kind compresses, its definition takes what comes before
             written_out = is_portable() and type(core).project is AttentionCore.project
             compute: Any = core.dense if written_out else core
@@ -156,6 +166,16 @@ class Attention(nn.Module):
             heads = take_positions(heads, wanted)
         merged = heads.transpose(1, 2).flatten(2)
         return merged if self.o is None else self.o(merged)
+
+    def _projected(self, name: str, x: Tensor, source: Tensor | None, mask: Mask, kept: State | None) -> Tensor:
+        """A projection of x, or of the source, which is made once where it is kept."""
+        if source is None or not self.on_key_side(name):
+            return self.project(name, x, mask)
+        if kept is None:
+            return self.project(name, source, mask)
+        if name not in kept:
+            kept[name] = self.project(name, source, mask)
+        return kept[name]
 
     def heads(self, name: str) -> int:
         """Number of heads of a projection: keys and values may have fewer."""

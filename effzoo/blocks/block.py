@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,7 @@ class Slots:
     mlp_chunk: see `FeedForward`.
     expert_mlp: inner width of an expert; 0: mlp.
     experts: feed-forwards among which `router` chooses for each token; 0: one for every token.
+    reads: cross-attention between the two, in the decoder of an encoder-decoder.
     """
 
     dim: int
@@ -54,6 +56,7 @@ class Slots:
     expert_mlp: int = 0
     router: str = "switch"
     dropout: float = 0.0
+    reads: bool = False
 
     def make_norm(self, dim: int, role: str, layer: int | None = None) -> Norm:
         """A norm of the kind that the model has everywhere."""
@@ -73,6 +76,16 @@ def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attentio
     )  # fmt: skip
 
 
+def cross_attention(slots: Slots, context: Context) -> Attention:
+    """The cross-attention of a block: full, of as many heads as the block's own, to states as wide as the block."""
+    context = dataclasses.replace(context, causal=False, global_tokens=False, shared={})
+    return Attention(
+        slots.dim, Spec("full"), context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads,
+        qk_norm=slots.eps if slots.qk_norm else None, source_dim=slots.dim, value_dim=slots.value_dim or None,
+        role="cross",
+    )  # fmt: skip
+
+
 def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
     """The feed-forward of a block, or several behind a router."""
     width = slots.expert_mlp or slots.mlp if slots.experts else slots.mlp
@@ -85,15 +98,15 @@ def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
 
 
 class Block(nn.Module):
-    """x + f(norm(x)), with f attention and then the feed-forward.
+    """x + f(norm(x)), with f attention, cross-attention in a decoder that reads a source, and then the feed-forward.
 
     norm = "pre":    x <- x + attn(norm(x));    x <- x + mlp(norm(x))     (GPT-2)
     norm = "post":   x <- norm(x + attn(x));    x <- norm(x + mlp(x))     (BERT; Vaswani et al. 2017, arXiv:1706.03762)
     norm = "branch": x <- x + norm(attn(x));    x <- x + norm(mlp(x))     (OLMo 2: arXiv:2501.00656, section 2.1)
     norm = "sandwich": x <- x + norm_2(attn(norm(x))), the same with mlp  (Gemma 2: arXiv:2408.00118, section 2)
 
-    `attend` and `feed` are the two sub-layers with dropout and without residual; adapters that hang on `attn_branch`
-    and `mlp_branch` see what they add to x.
+    `attend`, `read` and `feed` are the sub-layers with dropout and without residual; adapters that hang on
+    `attn_branch`, `cross_branch` and `mlp_branch` see what they add to x.
     """
 
     shows_mask = True  # adapters are given the mask of the batch
@@ -105,6 +118,11 @@ class Block(nn.Module):
         self.attn = attention_layer(slots, attention, context)
         self.attn_branch = Branch(dim, role="attn.branch", layer=layer)
         self.attn_norm = slots.make_norm(dim, "attn.norm", layer) if slots.first_norm or layer > 0 else None
+        if slots.reads:
+            self.cross = cross_attention(slots, context)
+            self.cross_branch = Branch(dim, role="cross.branch", layer=layer)
+            self.cross_norm = slots.make_norm(dim, "cross.norm", layer)
+        self.reads = slots.reads
         self.mlp = feed_forward(slots, context)
         self.mlp_branch = Branch(dim, role="mlp.branch", layer=layer)
         self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
@@ -128,11 +146,15 @@ class Block(nn.Module):
             if self.norm == "post":
                 assert self.attn_norm is not None
                 x = self.attn_norm(residual + self.attend(x, mask, cache, wanted))
+                if self.reads:
+                    x = self.cross_norm(x + self.read(x, mask, cache))
                 return self.mlp_norm(x + self.feed(x, mask, wanted))
             if self.norm == "branch":
                 x = residual + self.attend(x, mask, cache, wanted)
                 return x + self.feed(x, mask, wanted)
             x = residual + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
+            if self.reads:
+                x = x + self.read(self.cross_norm(x), mask, cache)
             return x + self.feed(self.mlp_norm(x), mask, wanted)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
@@ -141,6 +163,12 @@ class Block(nn.Module):
         end = self.attn_norm if self.norm == "branch" else self.attn_out_norm
         added = self.dropout(added if end is None else end(added))
         return self.attn_branch(x if wanted is None else take_positions(x, wanted), added)
+
+    def read(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
+        """dropout(cross(x, source))."""
+        source = mask.source
+        assert source is not None  # the decoder sees to it
+        return self.cross_branch(x, self.dropout(self.cross(x, source.mask, source=source.states, cache=cache)))
 
     def feed(self, x: Tensor, mask: Mask, wanted: Tensor | None = None) -> Tensor:
         """dropout(mlp(x)), likewise; wanted: the positions of x, if they are not all."""

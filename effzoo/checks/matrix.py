@@ -32,6 +32,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "encoder": ("bert", {}),
     "decoder": ("gpt2", {}),
     "reversible": ("bert", {"norm": "pre", "residual": "reversible"}),
+    "encoder-decoder": ("bart", {}),
     "perceiver": (
         "perceiver-io",
         {"channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo import zoo
-from effzoo.architectures import Transformer
+from effzoo.architectures import EncoderDecoderConfig, Transformer
 from effzoo.attention.core import Mask, take_positions
 from effzoo.blocks.block import Block
 from effzoo.checks.facts import zero_gradient
@@ -50,7 +50,8 @@ class TinyModel:
         return copy.deepcopy(_built(self.architecture, self.attention, dropout, self.choices))
 
     def batch(self) -> dict[str, Tensor]:
-        """Three sequences of different lengths, every token labelled, and global tokens at other places in each."""
+        """Three sequences of different lengths, every token labelled (of an encoder-decoder, as many as it writes), and
+        global tokens at other places in each."""
         draw = torch.Generator().manual_seed(1)
         n = max(LENGTHS)
         mask = torch.arange(n) < torch.tensor(LENGTHS)[:, None]
@@ -70,10 +71,12 @@ class TinyModel:
 def _built(architecture: str, attention: str, dropout: float, choices: tuple[tuple[str, Any], ...]) -> Transformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model = zoo.create(
-            architecture, attention=attention, task="token_classification", num_labels=LABELS, dropout=dropout,
-            attention_dropout=dropout, **{**SIZES, **dict(choices)},
+        config = zoo.config(
+            architecture, attention=attention, dropout=dropout, attention_dropout=dropout,
+            **{**SIZES, **dict(choices)},
         )  # fmt: skip
+        task = "seq2seq_lm" if isinstance(config, EncoderDecoderConfig) else "token_classification"
+        model = zoo.made(config, task, LABELS)
         for parameter in model.parameters():  # larger than at a real start, so that attention is far from uniform
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.2)

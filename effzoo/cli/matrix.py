@@ -40,9 +40,9 @@ def matrix(
 ) -> None:
     """Try every fine-tuning method on every attention kind, on tiny models.
 
-    Tried is to attach, train, save, load, combine, merge and detach. Each cell has four marks, for an encoder, a
-    decoder, a reversible model and a Perceiver: + works, - is refused with a reason (listed below the table), X fails.
-    The exit code is 1 when something fails.
+    Tried is to attach, train, save, load, combine, merge and detach. Each cell has five marks, for an encoder, a
+    decoder, a reversible model, an encoder-decoder (the kind in its encoder) and a Perceiver: + works, - is refused
+    with a reason (listed below the table), X fails. The exit code is 1 when something fails.
 
     Example:  effzoo matrix --method lora --method prefix
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel, EncoderDecoder, Perceiver, Transformer
 from effzoo.architectures.heads import known_problem
 from effzoo.convert import texts
 from effzoo.convert.dtypes import load_state
@@ -26,7 +26,7 @@ def check_dense(model: Any) -> None:
         )
 
 
-def to_transformers(model: Transformer | Perceiver) -> Any:
+def to_transformers(model: AnyModel) -> Any:
     """The model of transformers (a `PreTrainedModel`) that computes the same, with a copy of the weights.
 
     Its dtype and what is trainable (tensor by tensor), device and training mode are the model's.
@@ -37,8 +37,8 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     if isinstance(model, Perceiver):
         check_dense(model)
         return to_perceiver(model)
-    if not isinstance(model, Transformer):
-        raise ConversionError(f"only a Transformer of effzoo can be converted, got {type(model).__name__}")
+    if not isinstance(model, Transformer | EncoderDecoder):
+        raise ConversionError(f"only a model of effzoo can be converted, got {type(model).__name__}")
     if adapters := attached(model):
         raise ConversionError(f"adapters are attached ({listing(adapters)}); merge or detach them first")
     check_dense(model)
@@ -88,14 +88,14 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
                 f"{cls.__name__} has {key} {has}, and this model {tuple(value.shape)}: it has no "
                 "counterpart in transformers"
             )
-    like = ours["embeddings.token.weight"]
+    like = model.embeddings.token.weight
     texts.write(theirs, config)
     _name_labels(theirs.config, model)
     load_state(theirs.to(device=like.device, dtype=like.dtype), state, learns)
     return theirs.train(model.training)
 
 
-def _name_labels(theirs: Any, model: Transformer) -> None:
+def _name_labels(theirs: Any, model: AnyModel) -> None:
     """Names of the labels and what they are, in a configuration of transformers."""
     if model.task.endswith("classification") and len(model.label_names) == model.num_labels:
         theirs.id2label = dict(enumerate(model.label_names))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from effzoo.annotations import describe, fits
-from effzoo.architectures import Config, Perceiver, Transformer
+from effzoo.architectures import AnyModel, Config, Perceiver, made
 from effzoo.convert import texts
 from effzoo.convert.exporting import check_dense
 from effzoo.convert.filling import Fresh, device_of
@@ -41,7 +41,7 @@ def from_transformers(
     source: a live model, a local folder, or a hub id; BERT, DistilBERT, ELECTRA, ALBERT, RoBERTa, XLM-RoBERTa,
         CamemBERT, NomicBERT, GTE, Jina's third embeddings, EuroBERT, Longformer, ModernBERT, GPT-2, Llama, Mistral,
         Qwen2, Qwen3, Phi-3, SmolLM3, OLMo 2, Gemma 2, Gemma 3 (its texts), Mixtral, Qwen3-MoE or Reformer with any
-        head that we have, the encoder of LED, or a Perceiver.
+        head that we have, the encoder of LED, BART, or a Perceiver.
     task: another than the source's, with a new head.
     num_labels: of a new classification head; None for the source's.
     dtype: of all tensors; None or "auto" for the source's, tensor by tensor where they differ (of a folder those of its
@@ -78,9 +78,9 @@ def converted(
         return from_perceiver(source, task, num_labels, dtype, mesh, overrides, coding)
     opened = open_source(source, task)
     task = task or opened.task
-    known = [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_OVERRIDDEN]
-    annotations = typing.get_type_hints(Config)
     config = opened.config
+    known = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_OVERRIDDEN]
+    annotations = typing.get_type_hints(type(config))
     if task == "causal_lm" and not config.causal:
         raise ConversionError(
             f"{opened.label} sees later positions (is_causal=False or is_decoder=False), so a head that predicts the "
@@ -104,7 +104,7 @@ def converted(
     if num_labels is None:
         num_labels = 2 if task == "question_answering" else opened.model.config.num_labels
     with fresh.undrawn:
-        model = Transformer(config, task, num_labels)
+        model = made(config, task, num_labels)
     if coding is not None:
         fresh = dataclasses.replace(fresh, done=coding(model))
     transfer(model, opened, learn=True, fresh=fresh)
@@ -112,7 +112,7 @@ def converted(
     return model.train(opened.model.training)
 
 
-def _name_labels(model: Transformer, theirs: Any, task: str) -> None:
+def _name_labels(model: AnyModel, theirs: Any, task: str) -> None:
     """Names of the labels and what they are, where the head is that of the source."""
     if not task.endswith("classification") or model.task != task or model.num_labels != theirs.num_labels:
         return
@@ -146,13 +146,13 @@ def load(model: Any, source: Any, fresh: Fresh | None = None) -> None:
         check_dense(model)
         load_perceiver(model, bare(source), fresh)
         return
-    if not isinstance(model, Transformer):
-        raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
+    if not isinstance(model, AnyModel):
+        raise ConversionError(f"weights can be loaded into a model of effzoo, got {type(model).__name__}")
     check_dense(model)
     with torch.no_grad():
         opened = open_source(bare(source), model.task)
-        transfer(model, opened, fresh=fresh)
-    model.config = _with_texts(model.config, opened.config)
+        transfer(cast(Any, model), opened, fresh=fresh)
+    model.config = _with_texts(cast(Any, model.config), opened.config)
 
 
 def wanted_dtype(given: torch.dtype | str | None) -> torch.dtype | str | None:

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from effzoo.errors import ConversionError
 
 PARAMETERS = ("weight", "bias")
+Layers = int | Mapping[str, int]  # how many blocks there are, of several stacks by the letter of their number
 
 
 @dataclass(frozen=True)
 class Rule:
     """The parameters of our modules `ours` are those of their module `theirs`.
 
-    In the paths, `{i}` stands for the number of a block and `{base}` for the prefix that the body has inside a model
-    with a head. Several modules of ours are stacked along the outputs of one of theirs. transposed: theirs stores its
-    weight as [in, out].
+    In the paths, `{i}` stands for the number of a block (`{j}` in the decoder behind an encoder) and `{base}` for the
+    prefix that the body has inside a model with a head. Several modules of ours are stacked along the outputs of one
+    of theirs. transposed: theirs stores its weight as [in, out].
     first: the first block that has these modules.
     parameters: those that the rule speaks of.
     optional: some models have no such module.
@@ -27,6 +28,7 @@ class Rule:
         the others.
     experts: how many of ours `{e}` stands for, where their module is one bare tensor [experts, outputs, inputs] of
         all experts; 0: it is none.
+    row: their module is a bare tensor [1, n], of which ours is the row.
     square: the first of ours has as many outputs as inputs, and the others share the rest alike; else all are alike.
     """
 
@@ -37,18 +39,20 @@ class Rule:
     parameters: tuple[str, ...] = PARAMETERS
     optional: bool = False
     axis: tuple[int, int] | None = None
+    row: bool = False
     square: bool = False
     experts: int = 0
 
     def key(self, parameter: str) -> str:
         """Their key of a parameter."""
-        return self.theirs if self.axis or self.experts else f"{self.theirs}.{parameter}"
+        return self.theirs if self.axis or self.row or self.experts else f"{self.theirs}.{parameter}"
 
     def whole(self, parameter: str) -> bool:
         """Whether our tensor is theirs, row for row."""
         return (
             len(self.ours) == 1
             and self.axis is None
+            and not self.row
             and not self.experts
             and not (self.transposed and parameter == "weight")
         )
@@ -64,6 +68,8 @@ class Rule:
                     f"experts={len(theirs)}"
                 )
             return theirs.flatten(0, 1).chunk(len(self.ours))
+        if self.row:
+            return (theirs[0],)
         stacked = theirs.t() if self.transposed and parameter == "weight" else theirs
         if self.square:
             first, others = stacked.shape[1], len(self.ours) - 1
@@ -75,6 +81,8 @@ class Rule:
         stacked = torch.cat(tuple(ours))
         if self.experts:
             return stacked.reshape(self.experts, -1, stacked.shape[-1])
+        if self.row:
+            return stacked[None]
         if self.axis:
             place, axes = self.axis
             return stacked[(None,) * place + (slice(None),) + (None,) * (axes - 1 - place)]
@@ -86,18 +94,21 @@ def same(modules: Mapping[str, str]) -> tuple[Rule, ...]:
     return tuple(Rule((ours,), theirs) for ours, theirs in modules.items())
 
 
-def expand(rules: Iterable[Rule], layers: int, base: str, experts: int = 0) -> Iterator[Rule]:
+def expand(rules: Iterable[Rule], layers: Layers, base: str, experts: int = 0) -> Iterator[Rule]:
     """The rules with `{i}`, `{base}` and `{e}` filled in; experts: of each layer, without any of which their rules are
     left out."""
+    counts = {"i": layers} if isinstance(layers, int) else layers
     for rule in rules:
         if any("{e}" in path for path in rule.ours):
             if not experts:
                 continue
             every = (path.replace("{e}", str(e)) for e in range(experts) for path in rule.ours)
             rule = replace(rule, ours=tuple(every), experts=experts)
-        for i in range(rule.first, layers) if "{i}" in rule.theirs else (0,):
-            ours = tuple(path.replace("{i}", str(i)) for path in rule.ours)
-            yield replace(rule, ours=ours, theirs=rule.theirs.replace("{i}", str(i)).replace("{base}", base))
+        letter = next((letter for letter in counts if f"{{{letter}}}" in rule.theirs), None)
+        for number in (0,) if letter is None else range(rule.first, counts[letter]):
+            ours = tuple(path.replace(f"{{{letter}}}", str(number)) for path in rule.ours)
+            theirs = rule.theirs.replace(f"{{{letter}}}", str(number)).replace("{base}", base)
+            yield replace(rule, ours=ours, theirs=theirs)
 
 
 def to_ours(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

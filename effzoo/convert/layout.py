@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from effzoo.architectures import Config, Transformer
+from effzoo.architectures import Config, config_class
 from effzoo.architectures.function import WITH_HEAD
 from effzoo.convert import texts
 from effzoo.convert.fields import check_fields
@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "swish": "silu",
 }  # fmt: skip
 THEIR_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-_LM = ("masked_lm", "causal_lm")
+_LM = ("masked_lm", "causal_lm", "seq2seq_lm")
 _ONLY_FOR = {
     "pooling": ("classification",), "head_dense": ("classification",), "head_bias": ("classification",),
     "head_norm": ("classification",),
@@ -53,11 +53,13 @@ class Layout:
     prefix: of the body inside a model with a head.
     body, heads: key map, heads by task.
     tied: their keys that hold the same values as another of theirs, in models whose head is tied.
+    same: those that do in every model.
     fields: our config field -> theirs.
     positions, activation: their names for max_length and the activation.
     slots: our fields that the layout fixes.
     required: their fields, each with the only value that we have.
     counts_from_pad: positions start at pad_token + 1.
+    offset: rows of their table of positions in front of the first, which `positions` does not count.
     lm_activation: what the language-model head uses whatever the config says.
     read, write: further fields of ours from their config, and of theirs from ours.
     translated: our fields that `read` and `write` speak of.
@@ -90,7 +92,9 @@ class Layout:
     dropouts: Callable[[Any, str], Mapping[str, float | None]]
     attention: tuple[str, ...] = ("full",)
     relative: str | None = None
+    same: Mapping[str, str] = field(default_factory=dict)
     counts_from_pad: bool = False
+    offset: int = 0
     lm_activation: str | None = None
     read: Callable[[Any], dict[str, Any]] = field(default=no_fields)
     write: Callable[[Config], dict[str, Any]] = field(default=no_fields)
@@ -101,8 +105,8 @@ class Layout:
     routes: bool = False
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
-    finish: Callable[[Transformer, Any], None] | None = None
-    built: Callable[[Transformer], dict[str, Any]] = field(default=no_fields)
+    finish: Callable[[Any, Any], None] | None = None
+    built: Callable[[Any], dict[str, Any]] = field(default=no_fields)
     reads: frozenset[str] = frozenset()
     inert: frozenset[str] = frozenset()
     lost: Mapping[str, str] = field(default_factory=dict)
@@ -130,7 +134,7 @@ class Layout:
             for rule in self.heads.get(task, ())
             if source_task == task or rule.theirs.startswith("{base}") or rule.theirs in common
         ]
-        return list(expand([*self.body, *head], config.blocks, self.base(source_task), config.experts))
+        return list(expand([*self.body, *head], config.stacks, self.base(source_task), config.experts))
 
     def known(self, config: Config, task: str) -> Iterator[Rule]:
         """Every rule that a model of this task may have tensors for: its head's, and other heads' within the body."""
@@ -139,9 +143,8 @@ class Layout:
 
     def ties(self, config: Config, task: str) -> dict[str, str]:
         """{their key: their key with the same values}, as they are called in a model of this task."""
-        return (
-            {key: other.replace("{base}", self.base(task)) for key, other in self.tied.items()} if config.tied else {}
-        )
+        base, known = self.base(task), {**self.same, **(self.tied if config.tied else {})}
+        return {key.replace("{base}", base): other.replace("{base}", base) for key, other in known.items()}
 
     def config(self, theirs: Any, task: str) -> Config:
         """Our config for theirs; ConversionError for a feature that we do not have."""
@@ -169,10 +172,10 @@ class Layout:
             raise ConversionError(
                 f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config"
             )
-        offset = values["pad_token"] + 1 if self.counts_from_pad else 0
-        longest = getattr(theirs, self.positions) - offset
+        offset = values["pad_token"] + 1 if self.counts_from_pad else self.offset
+        longest = getattr(theirs, self.positions) - offset + self.offset
         try:
-            config = Config(
+            config = config_class(self.slots.get("architecture"))(
                 **{"name": self.name, "layout": self.name, "max_length": longest, **self.slots, **values},
                 activation=ACTIVATIONS[activation],
                 position_offset=offset,
@@ -191,7 +194,7 @@ class Layout:
             entry.name: entry.default for entry in dataclasses.fields(config) if entry.name not in _FREE
         }
         slots.update(self.slots)
-        slots["position_offset"] = (config.pad_token or 0) + 1 if self.counts_from_pad else 0
+        slots["position_offset"] = (config.pad_token or 0) + 1 if self.counts_from_pad else self.offset
         if self.lm_activation and task == "masked_lm":
             slots["activation"] = self.lm_activation
         if isinstance(config.attention_dropout, tuple) and "attention_dropout" not in self.translated:
@@ -215,7 +218,7 @@ class Layout:
         """The fields of their config that say what ours says."""
         self.check(config, task)
         fields = {name: getattr(config, ours) for ours, name in self.fields.items()}
-        fields[self.positions] = config.max_length + config.position_offset
+        fields[self.positions] = config.max_length + config.position_offset - self.offset
         if config.activation not in THEIR_ACTIVATION:
             raise ConversionError(
                 f"{self.name} of transformers has no counterpart for activation={config.activation!r}; it has "

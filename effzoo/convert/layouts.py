@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from effzoo.architectures import Config, Transformer
+from effzoo.architectures import Config, EncoderDecoder, Transformer
 from effzoo.convert.layout import Layout
 from effzoo.errors import ConversionError, listing
 
@@ -25,6 +25,7 @@ FILES = (
     "mixtral",
     "modernbert",
     "led",
+    "bart",
     "reformer",
 )
 LAYOUTS = {
@@ -65,7 +66,7 @@ def _counterpart(layout: str, kind: str) -> Layout | None:
     return next((other for other in (own, *relatives) if kind in other.attention), None)
 
 
-def layout_for(model: Transformer) -> Layout:
+def layout_for(model: Transformer | EncoderDecoder) -> Layout:
     """The layout that computes what this model computes; ConversionError when there is none."""
     own = LAYOUTS.get(model.config.layout)
     if bool(model.config.experts) != (own is not None and own.routes):

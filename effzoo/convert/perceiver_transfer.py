@@ -232,7 +232,7 @@ def _transfer(model: Perceiver, source: Source, *, learn: bool = False, fresh: F
     new: list[str] = []
     taken: dict[str, list[Taken]] = {}
     for key, value in own_tensors(model).items():
-        origin = key if key in given else copied_from(model, key)  # type: ignore[arg-type]
+        origin = key if key in given else copied_from(model, key)
         if origin in given:
             per_position = key == _TABLES[0] or (key == _TABLES[1] and model.task != "classification")
             make = (

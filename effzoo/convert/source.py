@@ -219,7 +219,7 @@ def _checked(label: str, opened: Pretrained, layout: Layout, task: str, required
                 "other is not; "
                 "in effzoo they are one tensor, so freeze both, or none"
             )
-    for rule in expand(required, config.blocks, layout.base(task), config.experts):
+    for rule in expand(required, config.stacks, layout.base(task), config.experts):
         keys = [rule.key(parameter) for parameter in rule.parameters]
         # models exist with and without
         if "pooler" in rule.theirs and task == "features" and not present.intersection(keys):

@@ -13,11 +13,11 @@ import logging
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from effzoo.architectures import Config, Transformer
 from effzoo.architectures.function import meant
 from effzoo.convert import texts
 from effzoo.convert.filling import Fresh, Taken, fill, own_tensors
@@ -27,18 +27,19 @@ from effzoo.convert.source import Source
 from effzoo.errors import ConversionError
 
 log = logging.getLogger("effzoo.convert")
-POSITIONS, TOKENS = "embeddings.position.weight", "embeddings.token.weight"
+POSITIONS, TOKENS = "embeddings.position.weight", "embeddings.token.weight"  # a stack's may stand in front of them
 _FIRST = (
     "architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "position_offset", "norm", "eps", "activation",
 )  # fmt: skip
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout",
+    "decoder_attention", "decoder_start_token",
     "pad_token", "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
     "experts", "router", "expert_every", *texts.FIELDS,
 }  # fmt: skip
 
 
-def transfer(model: Transformer, source: Source, *, learn: bool = False, fresh: Fresh | None = None) -> None:
+def transfer(model: Any, source: Source, *, learn: bool = False, fresh: Fresh | None = None) -> None:
     """Write the source's weights into the model, all or none, tensor by tensor where they are in files.
 
     INFO records of the logger "effzoo.convert" say what was copied, repeated, new and unused.
@@ -53,8 +54,8 @@ def transfer(model: Transformer, source: Source, *, learn: bool = False, fresh: 
     given, learns = to_ours(rules, source.state), trained_in_ours(rules, trained(source.model))
     places = _places(rules, source)
     if _given_a_head(model, source):
-        head = "head.out.weight"
-        given[head], learns[head], places[head] = given[TOKENS], learns[TOKENS], places[TOKENS]
+        head, tokens = "head.out.weight", next(key for key in given if key.endswith(TOKENS))
+        given[head], learns[head], places[head] = given[tokens], learns[tokens], places[tokens]
     if "head.out.weight" in given:
         _check_head(model, source)
     chosen: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ def transfer(model: Transformer, source: Source, *, learn: bool = False, fresh: 
         origin = key if key in given else copied_from(model, key)
         if origin in given:
             tensor, (their, make) = given[origin], places[origin]
-            if key == POSITIONS and len(value) != len(tensor):
+            if key.endswith(POSITIONS) and len(value) != len(tensor):
                 make = _extending(make, len(value), model.config.position_offset)
                 tensor = extended(tensor, len(value), model.config.position_offset)
             if tensor.shape != value.shape:
@@ -76,7 +77,7 @@ def transfer(model: Transformer, source: Source, *, learn: bool = False, fresh: 
             taken.setdefault(their, []).append((key, make))
             if origin != key:
                 repeated[key] = origin
-        elif re.match(r"head\.|blocks\.\d+\.(attn|mlp\.router)\.", key):
+        elif re.match(r"(encoder\.|decoder\.)?(head\.|blocks\.\d+\.(attn|mlp\.router)\.)", key):
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
@@ -114,26 +115,26 @@ def extended(table: Tensor, n: int, offset: int) -> Tensor:
     return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
 
 
-def copied_from(model: Transformer, key: str) -> str:
+def copied_from(model: Any, key: str) -> str:
     """The key that an expert, a projection of a new attention, or the norm of its heads, starts from, or ""."""
     if expert := re.fullmatch(r"(blocks\.\d+\.mlp)\.experts\.\d+(\..+)", key):
         return expert[1] + expert[2]
-    match = re.fullmatch(r"blocks\.(\d+)\.attn\.(norms\.)?(\w+)\.(weight|bias)", key)
+    match = re.fullmatch(r"((?:\w+\.)?blocks\.\d+\.attn)\.(norms\.)?(\w+)\.(weight|bias)", key)
     if match is None:
         return ""
     layer, norms, projection, parameter = match.groups(default="")
-    origin, *_ = list(model.cores())[int(layer)].starts_from(projection) or [""]
-    return f"blocks.{layer}.attn.{norms}{origin}.{parameter}" if origin else ""
+    origin, *_ = model.get_submodule(f"{layer}.core").starts_from(projection) or [""]
+    return f"{layer}.{norms}{origin}.{parameter}" if origin else ""
 
 
-def _check_fit(model: Transformer, source: Source) -> None:
+def _check_fit(model: Any, source: Source) -> None:
     ours, theirs = model.config, source.config
     if family(ours) != family(theirs):
         raise ConversionError(
             f"the model has layout {ours.layout!r}, {source.label} has {theirs.layout!r}; build a "
             "model with that layout"
         )
-    others = [f.name for f in dataclasses.fields(Config) if f.name not in _MAY_DIFFER and f.name not in _FIRST]
+    others = [f.name for f in dataclasses.fields(ours) if f.name not in _MAY_DIFFER and f.name not in _FIRST]
     for name in (*_FIRST, *others, *(("pad_token",) if ours.position_offset else ())):
         if meant(ours, name) != meant(theirs, name) and not (name == "tied" and _given_a_head(model, source)):
             raise ConversionError(
@@ -142,12 +143,12 @@ def _check_fit(model: Transformer, source: Source) -> None:
             )
 
 
-def _given_a_head(model: Transformer, source: Source) -> bool:
+def _given_a_head(model: Any, source: Source) -> bool:
     """Whether the model's language-model head has its own weight, and the source's is its token embedding."""
     return source.config.tied and not model.config.tied and model.task == source.task and model.task.endswith("_lm")
 
 
-def _check_head(model: Transformer, source: Source) -> None:
+def _check_head(model: Any, source: Source) -> None:
     ours, theirs = model.config, source.config
     fields = ("head_dense", "head_bias", "pooling") if model.task == "classification" else ()
     pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in fields]
@@ -162,13 +163,11 @@ def _check_head(model: Transformer, source: Source) -> None:
             )
 
 
-def _report(
-    model: Transformer, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]
-) -> None:
+def _report(model: Any, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]) -> None:
     parameters = sum(tensor.numel() for tensor in chosen.values())
     log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), parameters)
     before, now = source.config.max_length, model.config.max_length
-    if now != before and POSITIONS in chosen:
+    if now != before and any(key.endswith(POSITIONS) for key in chosen):
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
     places = {}

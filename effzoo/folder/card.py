@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel
 from effzoo.folder.description import Description
 from effzoo.peft.accounting import account
 from effzoo.peft.attach import acting, attached
@@ -16,6 +16,7 @@ PIPELINES = {
     "features": "feature-extraction", "classification": "text-classification",
     "token_classification": "token-classification", "question_answering": "question-answering",
     "masked_lm": "fill-mask", "causal_lm": "text-generation",
+    "seq2seq_lm": "text2text-generation",
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def card(model: Transformer | Perceiver, said: Description, metrics: Mapping[str, float], title: str) -> str:
+def card(model: AnyModel, said: Description, metrics: Mapping[str, float], title: str) -> str:
     """The text of the card."""
     config, counted = model.config, account(model)
     attention = config.attention if isinstance(config.attention, tuple) else (config.attention,)

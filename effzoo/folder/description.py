@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
+from effzoo.architectures import AnyModel, Config, PerceiverConfig, config_class
 from effzoo.architectures.heads import known_problem
 from effzoo.attention.lsh import LSH
 from effzoo.errors import EffzooError, FileError, IncompatibleError, OptionError, listing, shown
@@ -35,6 +35,7 @@ CLASSES = {  # of effzoo.transformers
     "features": "EffzooModel", "classification": "EffzooForSequenceClassification",
     "token_classification": "EffzooForTokenClassification", "question_answering": "EffzooForQuestionAnswering",
     "masked_lm": "EffzooForMaskedLM", "causal_lm": "EffzooForCausalLM",
+    "seq2seq_lm": "EffzooForSeq2SeqLM",
 }  # fmt: skip
 OF_TRANSFORMERS = ("transformers_version", "dtype", "problem_type", "auto_map")  # what its own classes add or read
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -70,7 +71,7 @@ class Description:
     problem_type: str | None = None
 
     @classmethod
-    def of_base(cls, model: Transformer | Perceiver) -> Description:
+    def of_base(cls, model: AnyModel) -> Description:
         """What there is to say of a model without its adapters and names."""
         token = model.embeddings.token
         return cls(
@@ -79,7 +80,7 @@ class Description:
             quantised={path: cast(int, site.bits) for path, site in sites(model) if getattr(site, "bits", None)},
         )  # fmt: skip
 
-    def with_adapters(self, model: Transformer | Perceiver, label_names: Sequence[str]) -> Description:
+    def with_adapters(self, model: AnyModel, label_names: Sequence[str]) -> Description:
         """The same with what is attached, and names of labels."""
         return dataclasses.replace(
             self, num_labels=model.num_labels, label_names=tuple(label_names), adapters=tuple(attached(model)),
@@ -192,7 +193,7 @@ def _checked(content: dict[str, Any], version: int) -> Description:
     if content["model_type"] != MODEL_TYPE:
         raise ValueError(f"model_type is {MODEL_TYPE!r}, got {shown(content['model_type'])}")
     given = content["config"]
-    kind: Any = PerceiverConfig if given.get("architecture") == "perceiver" else Config
+    kind = config_class(given.get("architecture"))
     new = [name for later, names in LATER.items() if later > version for name in names]
     _check_keys(given, {f.name for f in fields(kind)}, "config", optional=new)
     config = kind(**given)
@@ -258,7 +259,7 @@ def _count(content: Mapping[str, Any], key: str) -> int:
     return cast(int, content[key])
 
 
-def given_names(labels: Any, model: Transformer | Perceiver) -> tuple[str, ...]:
+def given_names(labels: Any, model: AnyModel) -> tuple[str, ...]:
     """Names of labels by number, from a list or a mapping of numbers to names; those of the model for None."""
     if labels is None:
         return model.label_names if len(model.label_names) == model.num_labels else ()
@@ -276,7 +277,7 @@ def given_names(labels: Any, model: Transformer | Perceiver) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def rehashed(model: Transformer | Perceiver, changed: Callable[[str], bool]) -> dict[str, dict[str, int | None]]:
+def rehashed(model: AnyModel, changed: Callable[[str], bool]) -> dict[str, dict[str, int | None]]:
     """Rounds and seed of the LSH layers whose rotations have `changed`, by path."""
     return {
         path: {"rounds": core.rounds, "seed": core.hash_seed}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effzoo import zoo
 from effzoo.annotations import plain
-from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
+from effzoo.architectures import AnyModel, Config, PerceiverConfig, Transformer
 from effzoo.architectures.function import MEANT, WITHOUT_EFFECT, meant
 from effzoo.architectures.heads import head
 from effzoo.errors import (
@@ -101,7 +101,7 @@ def reused(
     sizes: Mapping[str, Any],
     shard: str | None = None,
     quantise: int | None = None,
-) -> Transformer | Perceiver:
+) -> AnyModel:
     """The model of a folder as `effzoo.build` was asked for it, its dense weights quantised while they are read.
 
     Raises OptionError for another model than that of `name`, and for sizes that the weights have not,
@@ -164,9 +164,7 @@ def _same(config: Config | PerceiverConfig, name: str, value: Any) -> bool:
     return name in MEANT and meant(dataclasses.replace(config, **{name: value}), name) == meant(config, name)
 
 
-def new_head(
-    model: Transformer | Perceiver, folder: Path, task: str, num_labels: int, *, pooler: bool | None = None
-) -> None:
+def new_head(model: AnyModel, folder: Path, task: str, num_labels: int, *, pooler: bool | None = None) -> None:
     """Another head, which is new; pooler: whether a features model gets one, None for what the config says."""
     if not isinstance(model, Transformer):
         raise IncompatibleError(
@@ -186,9 +184,7 @@ def new_head(
     model.task, model.own_labels, model.label_names, model.problem_type = task, num_labels, (), None
 
 
-def _base(
-    folder: Path, said: Description, wanted: torch.dtype | None, mesh: Any, bits: int | None = None
-) -> Transformer | Perceiver:
+def _base(folder: Path, said: Description, wanted: torch.dtype | None, mesh: Any, bits: int | None = None) -> AnyModel:
     """The model without its adapters, split over a mesh, or quantised while it is read."""
     prints = read_fingerprint(folder, said.fingerprint)
     try:
@@ -213,9 +209,7 @@ def _base(
     return model
 
 
-def _with_adapters(
-    model: Transformer | Perceiver, said: Description, folder: Path, rounded: bool
-) -> Transformer | Perceiver:
+def _with_adapters(model: AnyModel, said: Description, folder: Path, rounded: bool) -> AnyModel:
     _attach(model, said, folder, rounded)
     _check_twice(model, folder)
     if model.num_labels != said.num_labels:
@@ -240,9 +234,7 @@ def _check_there(folder: Path) -> None:
         )
 
 
-def _stored(
-    model: Transformer | Perceiver, said: Description, prints: dict[str, Any], folder: Path
-) -> dict[str, StoredTensor]:
+def _stored(model: AnyModel, said: Description, prints: dict[str, Any], folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the base in the files, which have the names and shapes of the model's and are hashed."""
     stored, mine = stored_tensors(folder), base_tensors(model)
     if said.adapters:  # a Trainer's checkpoint has them twice
@@ -254,7 +246,7 @@ def _stored(
 
 @torch.no_grad()
 def _fill(
-    model: Transformer | Perceiver,
+    model: AnyModel,
     undrawn: Undrawn,
     stored: Mapping[str, StoredTensor],
     prints: dict[str, Any],
@@ -289,7 +281,7 @@ def _fill(
 
 
 def _fill_buffers(
-    model: Transformer | Perceiver, said: Description, prints: dict[str, Any], folder: Path, wanted: torch.dtype | None
+    model: AnyModel, said: Description, prints: dict[str, Any], folder: Path, wanted: torch.dtype | None
 ) -> None:
     """Buffers that no state dict holds: those of their file, and the others as they are made."""
     buffers, undrawn = other_buffers(model), Undrawn()
@@ -351,7 +343,7 @@ def _read(key: str, tensor: Tensor, stored: StoredTensor, expected: str) -> None
         )
 
 
-def _check_twice(model: Transformer | Perceiver, folder: Path) -> None:
+def _check_twice(model: AnyModel, folder: Path) -> None:
     """Adapters that are also among the weights are the same there."""
     mine = model.state_dict()
     for key, stored in stored_tensors(folder).items():
@@ -383,7 +375,7 @@ def _check_hashed(prints: dict[str, Any], wanted: set[str], folder: Path) -> Non
             raise FileError(f"{folder / FINGERPRINT} has no hash of {key}; copy the whole folder again")
 
 
-def _attach(model: Transformer | Perceiver, said: Description, folder: Path, rounded: bool) -> None:
+def _attach(model: AnyModel, said: Description, folder: Path, rounded: bool) -> None:
     """The adapters, and which of them act."""
     for name in said.adapters:
         load_adapter(model, folder / ADAPTERS / name, name=name, rounded_base=rounded)

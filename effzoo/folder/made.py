@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo import zoo
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel
 from effzoo.attention.lsh import LSH
 from effzoo.codes import empty
 from effzoo.errors import FileError, shown
@@ -19,7 +19,7 @@ from effzoo.sites import Linear, sites
 from effzoo.undrawn import Undrawn
 
 
-def made_of(said: Description, where: str) -> tuple[Transformer | Perceiver, Undrawn]:
+def made_of(said: Description, where: str) -> tuple[AnyModel, Undrawn]:
     """A model whose parameters are not drawn, with room for codes where it is quantised; torch's draws go on as before.
 
     where: names the description in errors.
@@ -28,7 +28,7 @@ def made_of(said: Description, where: str) -> tuple[Transformer | Perceiver, Und
     """
     undrawn = Undrawn()
     with torch.random.fork_rng(devices=[]), undrawn:
-        model: Transformer | Perceiver = zoo.made(said.config, said.task, said.own_labels)
+        model: AnyModel = zoo.made(said.config, said.task, said.own_labels)
     there = dict(sites(model))
     for path, bits in said.quantised.items():
         site = there.get(path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from effzoo.annotations import Count
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel
 from effzoo.convert.transfer import POSITIONS, extended
 from effzoo.errors import IncompatibleError, listing
 from effzoo.folder.description import Description
@@ -28,7 +28,7 @@ def resize_positions(model: Any, max_length: Count) -> Any:
         whose shape belongs to the length, as Linformer's E and F.
     """
     model = unwrap(model)
-    if not isinstance(model, Transformer | Perceiver):
+    if not isinstance(model, AnyModel):
         raise IncompatibleError(f"resize_positions takes a model of effzoo, got {type(model).__name__}")
     if names := attached(model):
         raise IncompatibleError(
@@ -40,7 +40,7 @@ def resize_positions(model: Any, max_length: Count) -> Any:
     mine, offset = {**base_tensors(model), **other_buffers(model)}, getattr(model.config, "position_offset", 0)
     for key, there in {**base_tensors(other), **other_buffers(other)}.items():
         tensor = mine[key]
-        if key == POSITIONS and len(there) != len(tensor):
+        if key.endswith(POSITIONS) and len(there) != len(tensor):
             tensor = extended(tensor, len(there), offset)
         if tensor.shape != there.shape:
             raise IncompatibleError(

@@ -9,6 +9,7 @@ AUTO = {
     "features": "AutoModel", "classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification", "question_answering": "AutoModelForQuestionAnswering",
     "masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
 AUTO_MAP = {"AutoConfig": "modeling_effzoo.EffzooConfig"} | {
     AUTO[task]: f"modeling_effzoo.{name}" for task, name in CLASSES.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel, EncoderDecoder, Perceiver, Transformer
 from effzoo.errors import EffzooError, FileError, IncompatibleError, OptionError, shown
 from effzoo.folder import remote
 from effzoo.folder.card import card, is_ours
@@ -51,7 +51,7 @@ def save(
     It holds sizes, attention, task, labels, settings of generation, weights, each attached adapter, which of them act,
     and a model card. What is merged is part of the weights, and cannot be taken out of the loaded model.
 
-    model: a Transformer or Perceiver of effzoo.
+    model: a Transformer, Perceiver or EncoderDecoder of effzoo.
     folder: made if there is none. A model that is there is replaced, files that are not the model's stay.
     tokenizer: one of transformers, saved beside the model, which cuts texts where the model's positions end; None
         leaves what is there.
@@ -125,13 +125,13 @@ def write(
     return folder
 
 
-def _known(model: nn.Module) -> Transformer | Perceiver:
-    if class_of(model) not in (Transformer, Perceiver):
+def _known(model: nn.Module) -> AnyModel:
+    if class_of(model) not in (Transformer, Perceiver, EncoderDecoder):
         raise IncompatibleError(
-            f"save writes a Transformer or Perceiver of effzoo, got {class_of(model).__name__}; its own class says how "
-            "it is made, so keep its state_dict"
+            f"save writes a Transformer, Perceiver or EncoderDecoder of effzoo, got {class_of(model).__name__}; its "
+            "own class says how it is made, so keep its state_dict"
         )
-    assert isinstance(model, Transformer | Perceiver)
+    assert isinstance(model, AnyModel)
     for key, tensor in base_tensors(model).items():
         if is_coded(tensor):
             raise IncompatibleError(
@@ -141,7 +141,7 @@ def _known(model: nn.Module) -> Transformer | Perceiver:
     return model
 
 
-def _described(model: Transformer | Perceiver) -> tuple[Description, dict[str, Tensor]]:
+def _described(model: AnyModel) -> tuple[Description, dict[str, Tensor]]:
     """What config.json says of a model without its adapters, and the buffers to save beside its state dict.
 
     Raises IncompatibleError where a model that is made of the description is another.
@@ -172,7 +172,7 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, model: Transformer | Perceiver) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path, model: AnyModel) -> None:
     before = {path.name for path in folder.iterdir()}
     most = getattr(tokenizer, "model_max_length", None) if model.config.vocab else None
     try:

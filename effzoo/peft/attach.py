@@ -345,11 +345,20 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
                 f"Roles: {listing(known)}."
             )
         anywhere = method.layers is None
+        numbered = {site.layer for site in matched.values() if site.layer is not None}
+        # a decoder behind an encoder has cross-attention, and the encoder has none
+        inside = {_stack(path) for path in matched}
+        there = {site.layer for path, site in everything.items() if _stack(path) in inside}
         matched = {
             path: site for path, site in matched.items() if site.layer in layers or (site.layer is None and anywhere)
         }
         has = {site.layer for site in matched.values() if site.layer is not None}
-        if has and method.targets and (missing := layers - has):
+        if numbered and not has and method.targets:
+            raise TargetError(
+                f"{method.name}: target {pattern!r} is in none of the layers {sorted(layers)}, but in "
+                f"{sorted(numbered)}"
+            )
+        if has and method.targets and (missing := (layers & there) - has):
             raise TargetError(
                 f"{method.name}: target {pattern!r} matches only some layers, not {sorted(missing)}; "
                 f"give layers={tuple(sorted(has))} to mean that, or another pattern"
@@ -367,6 +376,11 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
             what = f"{site.role!r} ({path}) is {type(site).__name__}"
             raise TargetError(f"{method.name} hangs on {_site_types(method)} sites; {what}")
     return wanted
+
+
+def _stack(path: str) -> str:
+    """The stack of blocks that a site is in: "encoder.", "decoder.", or "" where there is one."""
+    return path[: max(0, path.find("blocks."))]
 
 
 def _matches(site: Site, pattern: str) -> bool:

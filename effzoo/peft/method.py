@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from effzoo.errors import OptionError, TargetError
-from effzoo.sites import PeftModule, Site
+from effzoo.sites import Model, PeftModule, Site
 
 Targets = str | Sequence[str] | None
 Layers = int | Sequence[int] | None
@@ -122,3 +122,11 @@ def examples(batches: Batches) -> Iterator[dict[str, Any]]:
                 yield {key: value[:, documents[0] == number] if whole[key] else value for key, value in row.items()}
             if documents is None:
                 yield row
+
+
+def predicts_next(model: nn.Module, found: Mapping[str, Site]) -> bool:
+    """Whether a site among these is in a stack that predicts each token of a text from those before it, so that nothing
+    there may read a whole text: that of a language model, or the decoder of an encoder-decoder."""
+    if isinstance(getattr(model, "decoder", None), Model):
+        return any(path.startswith("decoder.") for path in found)
+    return getattr(getattr(model, "config", None), "causal", False) and getattr(model, "task", "") == "causal_lm"

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from effzoo.sites import prompt_length
+from effzoo.sites import Model, prompt_length
 
 MARKED = "read only for batches with a global_attention_mask"
 PROMPT = "read only for prompt tokens, whose last states nothing reads, and for batches with a global_attention_mask"
@@ -19,6 +19,12 @@ def unread(model: nn.Module) -> dict[str, str]:
     By default the first token of an encoder with a classification head is global, and no token elsewhere
     (`Transformer.forward`); prompt tokens are.
     """
+    if isinstance(encoder := getattr(model, "encoder", None), Model):  # tokens of a decoder are not global
+        return {f"encoder.{path}": why for path, why in unread(encoder).items()} | {
+            f"decoder.blocks.{number}.attn.{name}": MARKED
+            for number, block in enumerate(cast(Any, model).decoder.blocks)
+            for name in block.attn.core.for_globals()
+        }
     task, config, blocks = getattr(model, "task", ""), getattr(model, "config", None), getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not hasattr(model, "embeddings"):  # a network of one's own
         return {}
@@ -41,5 +47,11 @@ def trained_unread(model: nn.Module) -> dict[str, tuple[str, int]]:
     return {
         key: (paths[path], parameter.numel())
         for key, parameter in (model.named_parameters() if paths else ())
-        if parameter.requires_grad and (path := ".".join(key.split(".")[:4])) in paths
+        if parameter.requires_grad and (path := _projection(key)) in paths
     }
+
+
+def _projection(key: str) -> str:
+    """The path of the projection that a tensor is of."""
+    parts = key.split(".")
+    return ".".join(parts[: 4 if parts[0] == "blocks" else 5])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effzoo import zoo
 from effzoo.annotations import Count, PerSecond
-from effzoo.architectures import Perceiver, PerceiverConfig, Transformer
+from effzoo.architectures import AnyModel, PerceiverConfig
 from effzoo.attention import backends
 from effzoo.attention.core import AttentionCore
 from effzoo.builder import build
@@ -206,7 +206,9 @@ def _stand_in(
     try:
         with torch.device("meta"):
             if isinstance(model, str):
-                task = "causal_lm" if zoo.config(model).causal else "classification"
+                config = zoo.config(model)
+                one_stack = "causal_lm" if config.causal else "classification"
+                task = "seq2seq_lm" if config.is_encoder_decoder else one_stack
                 model = build(model, **{"task": task, **choices})
             elif peft is not None:
                 model = shadows.copied(model, device="meta")
@@ -256,7 +258,7 @@ def _inputs(
             raise OptionError("give length (and batch), or the inputs of a real call, not both")
         return {name: _given(x, shadows) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     config: Any = getattr(model, "config", None)
-    if not isinstance(model, (Transformer, Perceiver)):
+    if not isinstance(model, AnyModel):
         raise OptionError(
             f"{type(model).__name__} is no model of effzoo, so its inputs are not known; give them, as in "
             "plan(model, inputs={...}), or the model that effzoo.convert.from_transformers(model) returns"
@@ -267,6 +269,8 @@ def _inputs(
         raise InputError(f"batch and length are at least 1, got {batch} and {length}")
     made = _sequence(model, config, batch, length, shadows)
     task, labels = model.task, model.num_labels
+    if config.is_encoder_decoder and task == "features":
+        made["decoder_input_ids"] = made["input_ids"]
     if task == "classification":
         kind = torch.float32 if labels == 1 else torch.long
         made["labels"] = torch.zeros(batch, dtype=kind)

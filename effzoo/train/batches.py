@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 Example = Mapping[str, Any]
 Batch = dict[str, Tensor]
-TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
+TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm", "seq2seq_lm")
+OF_TARGET = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+
 COUNTED = "counted"  # the entry of a batch that holds its number of counted labels
 _GROUPED = 50  # optimizer steps whose examples are sorted by length together
+
+
+def of_target(name: str, task: str) -> bool:
+    """Whether a column is as long as the target of an encoder-decoder, and not as the source."""
+    return name in OF_TARGET or (name in LABEL_NAMES and task == "seq2seq_lm")
 
 
 class Order(Sampler[list[int]]):
@@ -167,7 +174,7 @@ class Pad:
 
     def __init__(self, task: str, pad_token: int | None, accepted: Sequence[str]):
         self.task, self.accepted = task, tuple(accepted)
-        self.fill = {"input_ids": pad_token or 0, "labels": IGNORED}
+        self.fill = {"input_ids": pad_token or 0, "decoder_input_ids": pad_token or 0, "labels": IGNORED}
 
     def __call__(self, examples: list[Example]) -> Batch:
         columns = dict.fromkeys(name for example in examples for name in example)
@@ -192,7 +199,7 @@ class Pad:
                 batch[entry] = torch.stack(values).long()
                 continue
             for value, length in zip(values, lengths, strict=True):
-                if value.ndim == 0 or len(value) != length:
+                if value.ndim == 0 or (len(value) != length and not of_target(name, self.task)):
                     raise InputError(
                         f"{name} of an example has shape {tuple(value.shape)}, its {tokens} has {length} positions"
                     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effzoo.checked import IGNORED, LABEL_NAMES, UNUSED
 from effzoo.errors import InputError, did_you_mean, listing
-from effzoo.train.batches import TOKEN_TASKS
+from effzoo.train.batches import TOKEN_TASKS, of_target
 
 _NO_COLUMNS = ("labels", "cache")  # what a model's forward names beside the columns of data
 
@@ -136,7 +136,7 @@ class Form:
         for name, value in example.items():
             if name in (tokens, "task_ids") or (name == "labels" and self.task not in TOKEN_TASKS):
                 continue
-            if value.ndim == 0 or len(value) != len(ids):
+            if value.ndim == 0 or (len(value) != len(ids) and not of_target(name, self.task)):
                 raise InputError(
                     f"{where}: {name} has shape {tuple(value.shape)}, its {tokens} has {len(ids)} positions"
                 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel
 from effzoo.devices import on_cpu
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
@@ -24,7 +24,7 @@ from effzoo.train.record import differences
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def check_trainable(model: Transformer) -> None:
+def check_trainable(model: AnyModel) -> None:
     """TrainingError for a task without a loss, for nothing to train, and for parameters that no file would keep."""
     check_model(model)
     if model.task == "features":
@@ -48,9 +48,9 @@ def check_trainable(model: Transformer) -> None:
 
 def check_model(model: Any, what: str = "model") -> None:
     """OptionError for what `effzoo.build` did not make: its task, its inputs and its loss are not known here."""
-    if isinstance(model, (Transformer, Perceiver)):
+    if isinstance(model, AnyModel):
         return
-    accepted = f"{what} is a Transformer or Perceiver, as effzoo.build or effzoo.convert.from_transformers returns it"
+    accepted = f"{what} is a model of effzoo, as effzoo.build or effzoo.convert.from_transformers returns it"
     if not isinstance(model, torch.nn.Module):
         raise OptionError(
             f"{accepted}, got {model!r:.80} ({type(model).__name__}); try effzoo.build('bert', task='classification')"
@@ -156,7 +156,7 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
     return newest
 
 
-def rejoin(model: Transformer, directory: Path) -> None:
+def rejoin(model: AnyModel, directory: Path) -> None:
     """Bring the active adapters to the state in which they were when the run in this directory began.
 
     The stage, and whether an adapter is finished, decide in which stages the run trains.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from effzoo.checked import IGNORED, LABEL_NAMES
-from effzoo.train.batches import TOKEN_TASKS
+from effzoo.train.batches import TOKEN_TASKS, of_target
 from effzoo.train.form import Form
 
 _AT_ONCE = 10_000  # examples of a table that are looked at together
@@ -129,7 +129,7 @@ def _plainly_right(columns: Columns, form: Form) -> bool:
         one_each = name == "task_ids" or (name == "labels" and form.task not in TOKEN_TASKS)
         if numbers.dtype.kind not in "iu" or shapes.shape[1] != (1 if one_each else 2):
             return False
-        if not one_each and not np.array_equal(shapes, ids.shapes):
+        if not one_each and not of_target(name, form.task) and not np.array_equal(shapes, ids.shapes):
             return False
     return "labels" not in columns or _are_classes(columns["labels"].numbers, form)
 

@@ -12,12 +12,12 @@ import transformers
 from transformers import PreTrainedConfig
 
 from effzoo import zoo
-from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
+from effzoo.architectures import AnyModel, Config, EncoderDecoderConfig, PerceiverConfig, config_class
 from effzoo.architectures.config import TOKEN_IDS
 from effzoo.errors import OptionError, did_you_mean, shown
 from effzoo.folder.description import MODEL_TYPE, Description
 
-SIZES = {f.name for cls in (Config, PerceiverConfig) for f in dataclasses.fields(cls)} - {"name"}
+SIZES = {f.name for cls in (Config, PerceiverConfig, EncoderDecoderConfig) for f in dataclasses.fields(cls)} - {"name"}
 NAMED = {  # names of transformers for fields of Config and PerceiverConfig
     "vocab_size": "vocab", "hidden_size": "dim", "num_hidden_layers": "layers", "num_attention_heads": "heads",
     "intermediate_size": "mlp", "max_position_embeddings": "max_length", "type_vocab_size": "types",
@@ -90,15 +90,16 @@ class EffzooConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if "id2label" not in more:
             more["num_labels"] = count
         super().__init__(**more)
+        self.is_encoder_decoder = config.get("architecture") == "encoder-decoder"
 
     @classmethod
-    def of(cls, model: Transformer | Perceiver, labels: Sequence[str] = ()) -> EffzooConfig:
+    def of(cls, model: AnyModel, labels: Sequence[str] = ()) -> EffzooConfig:
         """The configuration of a model that is there; labels: names, those of the model where they are empty."""
         names = labels or (model.label_names if len(model.label_names) == model.num_labels else ())
         content = json.loads(Description.of_base(model).with_adapters(model, names).written())
         return cls(**content)
 
-    def follow(self, model: Transformer | Perceiver) -> None:
+    def follow(self, model: AnyModel) -> None:
         """Say what a model is that was changed; names of labels stay where their number does."""
         now = EffzooConfig.of(model)
         for key in (
@@ -117,8 +118,8 @@ class EffzooConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @property
     def sizes(self) -> Any:
-        """The Config or PerceiverConfig of effzoo."""
-        cls: Any = PerceiverConfig if self.config.get("architecture") == "perceiver" else Config
+        """The config of effzoo."""
+        cls = config_class(self.config.get("architecture"))
         try:
             return cls(**self.config)
         except TypeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from effzoo.annotations import plain
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel
 from effzoo.errors import FileError, OptionError, shown
 from effzoo.folder.description import Description, is_folder, read_description
 from effzoo.folder.loading import load, new_head, reused
@@ -32,7 +32,7 @@ _NO_MEANING: dict[str, Any] = {  # keywords that transformers passes on, with th
 
 def inner_of_folder(
     cls: Any, source: Any, config: Any, given: dict[str, Any]
-) -> tuple[Transformer | Perceiver, EffzooConfig, dict[str, Any], Path]:
+) -> tuple[AnyModel, EffzooConfig, dict[str, Any], Path]:
     """The model of a folder or of the hub with the head of a class, its configuration, and which tensors are new."""
     folder = _folder(source, given)
     if not isinstance(config, EffzooConfig):
@@ -104,7 +104,7 @@ def _listed(value: Any) -> Any:
 
 def _with_head(
     cls: Any, folder: Path, said: Description, config: EffzooConfig, dtype: Any
-) -> tuple[Transformer | Perceiver, list[str]]:
+) -> tuple[AnyModel, list[str]]:
     """The model, and the names of the tensors that are new."""
     labels = config.num_labels if has_labels(cls.task) else None
     if cls.task == said.task and labels in (None, said.num_labels):

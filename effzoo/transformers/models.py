@@ -21,13 +21,14 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 from transformers.utils.hub import convert_file_size_to_int
 
 from effzoo import generation, zoo
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import AnyModel, EncoderDecoder, Transformer
 from effzoo.architectures.heads import known_problem, problem_of
 from effzoo.attention.core import Cache
 from effzoo.checked import IGNORED
@@ -41,7 +42,7 @@ from effzoo.transformers.config import TOKENS, EffzooConfig
 from effzoo.transformers.loading import has_labels, inner_of_folder
 from effzoo.vocabulary import resize_vocabulary
 
-Inner = Transformer | Perceiver
+Inner = AnyModel
 FOR_THE_HUB = ("repo_id", "token", "commit_message", "private")
 NEUTRAL = {"safe_serialization": True, "save_peft_format": True, "save_original_format": True}  # ask for nothing
 
@@ -68,6 +69,11 @@ class EffzooPreTrainedModel(Around, PreTrainedModel):  # type: ignore[no-untyped
         if model is None:
             model = zoo.made(config.sizes, self.task, (config.num_labels or 2) if has_labels(self.task) else 2)
             config.follow(model)
+        if isinstance(model, EncoderDecoder) and self.task == "features":
+            raise IncompatibleError(
+                f"{type(self).__name__} reads one text, and an encoder-decoder two; build it with task='seq2seq_lm', "
+                "which EffzooForSeq2SeqLM computes"
+            )
         if model.task != self.task:
             raise IncompatibleError(
                 f"{type(self).__name__} computes the task {self.task!r}, and the model {model.task!r}; "
@@ -428,6 +434,16 @@ class LastLayer(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+def _cache(given: Any, use_cache: bool | None) -> Cache | None:
+    """The cache of a call, a new one where it is wanted and none is given."""
+    if given is not None and not isinstance(given, Cache):
+        raise InputError(
+            f"past_key_values is an effzoo.attention.Cache, got {type(given).__name__}; give use_cache=True in the "
+            "first call and take that of its output"
+        )
+    return Cache() if given is None and use_cache else given
+
+
 def _parameters(cls: type) -> Any:
     return inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
 
@@ -506,7 +522,7 @@ class EffzooForCausalLM(EffzooPreTrainedModel, GenerationMixin):  # type: ignore
     """Logits of the next token at each token of a decoder; `generate` as in transformers."""
 
     task = "causal_lm"
-    output_class = CausalLMOutputWithPast
+    output_class: ClassVar[Any] = CausalLMOutputWithPast
 
     def __init__(self, config: EffzooConfig, *, model: Inner | None = None):
         super().__init__(config, model=model)
@@ -543,12 +559,7 @@ class EffzooForCausalLM(EffzooPreTrainedModel, GenerationMixin):  # type: ignore
         past_key_values: an `effzoo.attention.Cache`, which this call writes on; with use_cache=True a new one.
         logits_to_keep: logits of the last so many positions alone, or of those that a tensor numbers; 0 for all.
         """
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise InputError(
-                f"past_key_values is an effzoo.attention.Cache, got {type(past_key_values).__name__}; give "
-                "use_cache=True in the first call and take that of its output"
-            )
-        cache = Cache() if past_key_values is None and use_cache else past_key_values
+        cache = _cache(past_key_values, use_cache)
         out = self._computed(
             output_hidden_states, output_attentions, True, num_items_in_batch, input_ids=input_ids,
             attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
@@ -573,6 +584,45 @@ class EffzooForCausalLM(EffzooPreTrainedModel, GenerationMixin):  # type: ignore
         if given.get("input_ids") is not None:
             raise InputError("give the prompt once, as inputs or as input_ids")
         return generation.continued(self, self.inner, ids, generation_config, given)
+
+
+class EffzooForSeq2SeqLM(EffzooForCausalLM):  # type: ignore[no-untyped-call]
+    """Logits of the target at each token that the decoder reads; `generate` writes a target for each source."""
+
+    task = "seq2seq_lm"
+    output_class = Seq2SeqLMOutput
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """As `effzoo.architectures.EncoderDecoder.forward`; past_key_values, use_cache: as of a decoder."""
+        return self._computed(
+            output_hidden_states, output_attentions, return_dict, num_items_in_batch, input_ids=input_ids,
+            attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask, encoder_outputs=encoder_outputs, inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds, global_attention_mask=global_attention_mask, labels=labels,
+            task_ids=task_ids, cache=_cache(past_key_values, use_cache),
+        )  # fmt: skip
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """What the decoder reads to predict these labels, as collators of transformers ask for it."""
+        return cast(EncoderDecoder, self.inner).shifted(labels)
 
 
 class WithoutAdapters(EffzooForCausalLM):  # type: ignore[no-untyped-call]
@@ -632,6 +682,7 @@ CLASSES: dict[str, type[EffzooPreTrainedModel]] = {
         EffzooForQuestionAnswering,
         EffzooForMaskedLM,
         EffzooForCausalLM,
+        EffzooForSeq2SeqLM,
     )
 }
 
@@ -641,13 +692,13 @@ def wrap(model: nn.Module) -> EffzooPreTrainedModel:
 
     It is the same each time, and that whose `generate`, `device`, ... the model of effzoo has.
 
-    Raises IncompatibleError for what is no Transformer or Perceiver of effzoo.
+    Raises IncompatibleError for what is no model of effzoo.
     """
     if isinstance(model, EffzooPreTrainedModel):
         return model
     inner = unwrap(model)
-    if not isinstance(inner, Transformer | Perceiver):
-        raise IncompatibleError(f"wrap takes a Transformer or Perceiver of effzoo, got {type(inner).__name__}")
+    if not isinstance(inner, AnyModel):
+        raise IncompatibleError(f"wrap takes a model of effzoo, got {type(inner).__name__}")
     return cast(EffzooPreTrainedModel, inner._pretrained())
 
 

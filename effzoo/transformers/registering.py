@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -32,6 +33,7 @@ PLACES = (  # class, the Auto class that makes it, the table of names that pipel
     (models.EffzooForQuestionAnswering, AutoModelForQuestionAnswering, "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
     (models.EffzooForMaskedLM, AutoModelForMaskedLM, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     (models.EffzooForCausalLM, AutoModelForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    (models.EffzooForSeq2SeqLM, AutoModelForSeq2SeqLM, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
 )
 
 

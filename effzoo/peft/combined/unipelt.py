@@ -12,7 +12,7 @@ from effzoo.errors import IncompatiblePeft
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.input.prefix import Prefix, PrefixMemory
-from effzoo.peft.method import Batches, Layers, Modules
+from effzoo.peft.method import Batches, Layers, Modules, predicts_next
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
@@ -122,7 +122,7 @@ class UniPELT(TrainingHooks):
         return self.prefix.hooks_in_use()
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        if getattr(getattr(model, "config", None), "causal", False) and getattr(model, "task", "") == "causal_lm":
+        if predicts_next(model, found):
             reason = "its gates are means over the whole text, so a token would be predicted from later ones"
             raise IncompatiblePeft(
                 self.name, "a causal language model", reason, "use mam, or a union such as 'prefix|lora|houlsby'"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count
 from effzoo.errors import IncompatiblePeft, OptionError
-from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.method import Layers, Method, Targets, predicts_next
 from effzoo.registry import peft
 from effzoo.sites import Branch, HookContext, PeftModule, Site
 
@@ -50,8 +50,8 @@ class PALs(Method):
 
     The paper adds it to a whole block, before its last norm; here it is added to the block's feed-forward, before the
     same norm, and reads the feed-forward's input. Every token sees every token, so its cost grows with n^2 on any
-    attention kind. V_D starts at 0. A causal model is refused: decoding step by step, the narrow attention would need a
-    cache of its own.
+    attention kind. V_D starts at 0. A causal model, or the decoder of an encoder-decoder, is refused (layers= can name
+    the encoder's): decoding step by step, the narrow attention would need a cache of its own.
     """
 
     paper = (
@@ -70,7 +70,7 @@ class PALs(Method):
         self.width, self.heads = width, heads
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        if getattr(getattr(model, "config", None), "causal", False):
+        if getattr(getattr(model, "config", None), "causal", False) or predicts_next(model, found):
             reason = "its narrow attention would need a cache of its own to decode with"
             raise IncompatiblePeft(self.name, "a causal model", reason, "use parallel, which reads each token alone")
         branch = next(iter(found.values()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effzoo.annotations import Few
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.peft.input.layer import layers_of
-from effzoo.peft.method import Layers, Modules
+from effzoo.peft.method import Layers, Modules, predicts_next
 from effzoo.peft.modular.mixture import ExpertMixture, MixtureMethod
 from effzoo.registry import peft
 from effzoo.registry import router as routers
@@ -235,7 +235,10 @@ class RoutedMethod(MixtureMethod):
         if "task_ids" not in takes and (self.reads == "tasks" or self.scope == "model"):
             reason = "it takes no task_ids and shows no embeddings to routers"
             raise IncompatiblePeft(self.name, "this model", reason, "route by tokens at each site")
-        self.causal = getattr(config, "causal", False) and getattr(model, "task", "") == "causal_lm"
+        if self.scope == "model" and getattr(config, "is_encoder_decoder", False):
+            reason = "source and target are two examples, and one router would read the mean of either"
+            raise IncompatiblePeft(self.name, "an encoder-decoder", reason, "give each site a router (scope='site')")
+        self.causal = predicts_next(model, found)
         if self.causal and self.reads == "tokens" and (self.level == "example" or not self.alone):
             reason = "a token's experts would be chosen by later tokens"
             advice = "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'"
