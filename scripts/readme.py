@@ -214,7 +214,9 @@ def rendered(readme: str, up: str = "") -> str:
 
 
 def kinds_page(page: str) -> str:
-    """Every attention kind with its picture, what it can do and its options."""
+    """Every attention kind with its picture, what it can do and its options, and who else has it."""
+    registries = load("registries", "scripts")
+    page = _between(page, "others", registries.table(attention.names(), registries.KINDS))
     return _between(
         page, "kinds", "\n\n".join(map(kind_section, sorted(attention.names(), key=lambda name: name != "full")))
     )
@@ -254,25 +256,20 @@ def methods_page(page: str) -> str:
     tried, experts = (
         json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts")
     )
-    page = _between(page, "peft", beside_peft())
+    registries = load("registries", "scripts")
+    others = registries.table(peft.names(), registries.METHODS)
+    page = _between(page, "others", f"{others}\n\n{files_of_peft()}")
     page = _between(page, "peft-counts", load("peft_counts", "scripts").table())
     return _between(page, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
 
 
-def beside_peft() -> str:
-    """Which methods of the package peft go to and from its files, and which are not here, by its own registry."""
-    import peft as package
-
+def files_of_peft() -> str:
+    """Which types of adapters of the package peft go to and from its files."""
     from effzoo.convert.peft_files.counterparts import COUNTERPARTS
 
-    theirs = [kind.value for kind in package.PeftType]
-    read = {kind for counterpart in COUNTERPARTS for kind in counterpart.peft_types}
-    here, not_here = ([kind for kind in theirs if (kind in read) is wanted] for wanted in (True, False))
-    return (
-        f"peft {package.__version__} has {len(theirs)} types of adapters. {len(here)} go to and from its files: "
-        f"{', '.join(here)}. {len(not_here)} have no counterpart in its format here: {', '.join(not_here)}. Of the "
-        f"{len(peft.names())} methods here, those that it has not are saved in files of our own."
-    )
+    read = [kind for counterpart in COUNTERPARTS for kind in counterpart.peft_types]
+    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(read))
+    return f"Files of peft go both ways for {kinds}; what it has not is saved in files of our own."
 
 
 def methods_table(group: str) -> str:

@@ -146,6 +146,20 @@ def test_every_command_on_the_pages_and_in_the_help_is_one_that_the_command_line
             raise AssertionError(f"{command}: {error.format_message()}") from error
 
 
+@pytest.mark.parametrize(("ours", "same"), [("peft", "METHODS"), ("attention", "KINDS")])
+def test_who_has_what_is_by_the_names_of_registries(ours, same):
+    """A name of ours that is in the table is one, and so is its name in each package; transformers and peft are those
+    that are installed."""
+    registries = loaded().load("registries", "scripts")
+    known, names = registries.known(), getattr(effzoo.registry, ours).names()
+    assert {"peft", "transformers", "adapters", "opendelta", "flash_linear_attention", "xformers"} == set(known)
+    for name, of in getattr(registries, same).items():
+        assert name in names
+        assert {
+            package: theirs for package, theirs in of.items() if theirs.split(",")[0] not in known[package]["names"]
+        } == {}
+
+
 def loaded():
     """scripts/readme.py."""
     spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/readme.py")
