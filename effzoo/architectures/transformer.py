@@ -110,6 +110,8 @@ class Transformer(Recomputing, Model):
         )
         slots = dataclasses.replace(config.slots(config.first_layers[number]), reads=stack.reads)
         block = Block(slots, spec, context)
+        if config.residual == "reversible":
+            block.stream = None  # there are two
         if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
             raise IncompatibleError(
                 f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead "

@@ -14,7 +14,7 @@ from effzoo.blocks.attention import Attention
 from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
-from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, RMSNormPlusOne, Site, calling
+from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, RMSNormPlusOne, Site, Stream, calling
 from effzoo.sites.hooks import Mixture, positionwise
 from effzoo.spec import Spec
 
@@ -106,7 +106,8 @@ class Block(nn.Module):
     norm = "sandwich": x <- x + norm_2(attn(norm(x))), the same with mlp  (Gemma 2: arXiv:2408.00118, section 2)
 
     `attend`, `read` and `feed` are the sub-layers with dropout and without residual; adapters that hang on
-    `attn_branch`, `cross_branch` and `mlp_branch` see what they add to x.
+    `attn_branch`, `cross_branch` and `mlp_branch` see what they add to x, those on `stream` what comes out; in
+    reversible residuals there is none.
     """
 
     shows_mask = True  # adapters are given the mask of the batch
@@ -129,11 +130,15 @@ class Block(nn.Module):
         sandwich = slots.norm == "sandwich"
         self.attn_out_norm = slots.make_norm(dim, "attn.norm.out", layer) if sandwich else None
         self.mlp_out_norm = slots.make_norm(dim, "mlp.norm.out", layer) if sandwich else None
+        self.stream: Stream | None = Stream(dim, role="stream", layer=layer, causal=context.causal)
         self.dropout = nn.Dropout(slots.dropout)
 
-    def calling(self, x: Tensor, mask: Mask) -> AbstractContextManager[None]:
-        """Inside, the adapters of the block are given the mask."""
-        return calling(HookContext(_tokens(x, mask, None), mask))
+    def calling(self, x: Tensor, mask: Mask, past: int = 0) -> AbstractContextManager[None]:
+        """Inside, the adapters of the block are given the mask.
+
+        past: positions in the cache.
+        """
+        return calling(HookContext(_tokens(x, mask, None), mask, past=past))
 
     def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
         """x [batch, n, dim] -> [batch, n, dim].
@@ -141,21 +146,26 @@ class Block(nn.Module):
         cache: of a causal model that decodes.
         wanted int[batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all.
         """
-        with self.calling(x, mask):
-            residual = x if wanted is None else take_positions(x, wanted)
-            if self.norm == "post":
-                assert self.attn_norm is not None
-                x = self.attn_norm(residual + self.attend(x, mask, cache, wanted))
-                if self.reads:
-                    x = self.cross_norm(x + self.read(x, mask, cache))
-                return self.mlp_norm(x + self.feed(x, mask, wanted))
-            if self.norm == "branch":
-                x = residual + self.attend(x, mask, cache, wanted)
-                return x + self.feed(x, mask, wanted)
-            x = residual + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
+        with self.calling(x, mask, 0 if cache is None else cache.length):
+            out = self.sublayers(x, mask, cache, wanted)
+            return out if self.stream is None else self.stream(out)
+
+    def sublayers(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None) -> Tensor:
+        """Attention and feed-forward, and cross-attention between them, each with its norm and residual."""
+        residual = x if wanted is None else take_positions(x, wanted)
+        if self.norm == "post":
+            assert self.attn_norm is not None
+            x = self.attn_norm(residual + self.attend(x, mask, cache, wanted))
             if self.reads:
-                x = x + self.read(self.cross_norm(x), mask, cache)
-            return x + self.feed(self.mlp_norm(x), mask, wanted)
+                x = self.cross_norm(x + self.read(x, mask, cache))
+            return self.mlp_norm(x + self.feed(x, mask, wanted))
+        if self.norm == "branch":
+            x = residual + self.attend(x, mask, cache, wanted)
+            return x + self.feed(x, mask, wanted)
+        x = residual + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
+        if self.reads:
+            x = x + self.read(self.cross_norm(x), mask, cache)
+        return x + self.feed(self.mlp_norm(x), mask, wanted)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
         """dropout(attn(x)) at the wanted positions; with the norm of the branch, if there is one."""

@@ -371,8 +371,9 @@ def _no_weight(site: Site, module: Acts) -> bool:
 
 
 def _refusal(where: str, module: Acts) -> AdapterError:
-    what = type(module.module if isinstance(module, Scaled) else module).__name__
-    return AdapterError(f"{where} cannot be merged: {what} is not a change of a weight; keep it attached")
+    inner = module.module if isinstance(module, Scaled) else module
+    why = getattr(inner, "not_mergeable", "is not a change of a weight")
+    return AdapterError(f"{where} cannot be merged: {type(inner).__name__} {why}; keep it attached")
 
 
 def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:

@@ -1,9 +1,9 @@
 """Sites: the places of a model where a PEFT module can be hung.
 
 Each layer with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear). A block has two Branch sites,
-which see what a sub-layer adds to the residual stream; an attention layer has a MemorySite for additional keys and
-values, and a Keys site where it normalises keys. A site is a thin subclass with an empty ModuleDict: a module that
-hangs on it has keys with `.adapters.ADAPTER.METHOD.`, and no key of the base changes.
+which see what a sub-layer adds to the residual stream, and a Stream site behind them; an attention layer has a
+MemorySite for additional keys and values, and a Keys site where it normalises keys. A site is a thin subclass with an
+empty ModuleDict: a module that hangs on it has keys with `.adapters.ADAPTER.METHOD.`, and no key of the base changes.
 
 A module acts by overriding hooks (`effzoo/sites/hooks.py`). Which adapters act, and in which order, all sites of a
 model read from one `Roster` (`effzoo/peft/state.py`).
@@ -45,6 +45,7 @@ from effzoo.sites.layers import (
     Norm,
     RMSNorm,
     RMSNormPlusOne,
+    Stream,
     TiedLinear,
 )
 from effzoo.sites.memory import MemorySite, Side
@@ -55,9 +56,8 @@ __all__ = [
     "NOWHERE", "Activity", "Acts", "Around", "Branch", "Conv2d", "Counted", "Embedding", "Growing", "HookContext",
     "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "OwnOutputs",
     "Packed", "PeftModule", "Positionwise", "RMSNorm", "RMSNormPlusOne", "Roster", "Scaled", "Side", "SideNetwork",
-    "Site",
-    "TiedLinear", "calling", "has_scale", "learn", "longer", "memories", "opens", "overruled", "own_outputs",
-    "prompt_length", "sites", "unwrap",
+    "Site", "Stream", "TiedLinear", "calling", "has_scale", "learn", "longer", "memories", "opens", "overruled",
+    "own_outputs", "prompt_length", "sites", "unwrap",
 ]  # fmt: skip
 
 

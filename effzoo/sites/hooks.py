@@ -62,6 +62,7 @@ class HookContext:
     keys_values: tokens [..., r, source_dim] -> keys [..., heads, r, head_dim] and values by the projections of the
         attention layer, without rotation.
     rows: of the batch, to which everything else is cut, where adapters are chosen by row.
+    past: how many positions of a cache come before those of the call.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class HookContext:
         x: Tensor | None = None,
         keys_values: Callable[[Tensor], KeysValues] | None = None,
         rows: Sequence[int] | None = None,
+        past: int = 0,
     ):
         self._valid, self._mask, self._x, self.keys_values, self.rows = valid, mask, x, keys_values, rows
+        self.past = past
 
     def _part(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or self.rows is None or len(x) == 1 else chosen(x, self.rows)
@@ -121,7 +124,7 @@ class HookContext:
 
     def of_rows(self, rows: Sequence[int]) -> HookContext:
         """The context of some rows of the batch, which are taken when a hook reads them."""
-        return HookContext(self._valid, self._mask, self._x, self.keys_values, rows)
+        return HookContext(self._valid, self._mask, self._x, self.keys_values, rows, self.past)
 
 
 NOWHERE = HookContext()

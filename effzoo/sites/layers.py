@@ -262,6 +262,24 @@ class Branch(Site):
         return inputs, inputs[1]
 
 
+class Stream(Site):
+    """The residual stream behind a block, [batch, n, dim], which a method may edit.
+
+    causal: whether no position knows of the later ones.
+    """
+
+    def __init__(self, dim: int, *, role: str, layer: int | None = None, causal: bool = False):
+        super().__init__()
+        self._open(role, layer)
+        self.dim, self.causal = dim, causal
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.combined(h) if self.active else h
+
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+        return inputs, inputs[0]
+
+
 class Keys(Site):
     """The normalised keys of an attention (`lsh`), [batch, n, dim], heads side by side.
 

@@ -6,6 +6,7 @@ from effzoo.peft.function import (
     houlsby,
     ia3,
     ladder,
+    loreft,
     multihead_parallel,
     pals,
     parallel,
@@ -15,6 +16,6 @@ from effzoo.peft.function import (
 )
 
 __all__ = [
-    "adamix", "compacter", "houlsby", "ia3", "ladder", "multihead_parallel", "pals", "parallel", "pfeiffer",
+    "adamix", "compacter", "houlsby", "ia3", "ladder", "loreft", "multihead_parallel", "pals", "parallel", "pfeiffer",
     "residual_adapter", "sparse_adapter",
 ]  # fmt: skip

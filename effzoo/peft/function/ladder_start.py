@@ -49,6 +49,8 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
         kept_stream = kept[STREAM]
         origin = anywhere | dict(sites(wide[place]))
         for path, site in sites(slim):
+            if not site.base():
+                continue  # nothing to fill
             if path not in origin:
                 raise OptionError(
                     f"ladder: init='pruned' takes slices of the same matrices of the base, and {path} is not in its "

@@ -19,7 +19,7 @@ from effzoo.registry import router as routers
 from effzoo.routing import Router, Routing
 from effzoo.sites import Branch, Embedding, HookContext, Keys, Linear, Memory, MemorySite, Norm, PeftModule, Site
 
-from effzoo.sites import memories, sites  # isort: skip
+from effzoo.sites import Stream, memories, sites  # isort: skip
 
 Level = Literal["token", "example"]
 
@@ -274,7 +274,7 @@ class RoutedMethod(MixtureMethod):
         """Of what the router reads."""
         if isinstance(site, MemorySite):
             return self.widths[id(site)].width
-        if isinstance(site, (Branch, Keys)):
+        if isinstance(site, (Branch, Keys, Stream)):
             return site.dim
         if isinstance(site, Linear):
             return site.in_features
