@@ -29,7 +29,7 @@ PUBLISHED = {
     "blockbert": 109_482_240,
     "linformer": 124_645_632 + 256 * 512,
     "perceiver": 44_912_254 - 1_025_000, "perceiver-io": 196_249_088, "reformer": 2_584_064,
-    "reformer-enwik8": 148_654_080, "bart": 139_420_416,
+    "reformer-enwik8": 148_654_080, "bart": 139_420_416, "t5": 60_506_624,
 }  # fmt: skip
 WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen2": 494_032_768, "qwen3": 596_049_920,
     "modernbert": 149_655_232, "smollm3": 3_075_098_624, "olmo2": 1_484_916_736, "gemma2": 2_614_341_888,
@@ -401,4 +401,5 @@ def test_every_model_of_the_zoo_trains_an_adapter_that_loads_and_merges(name, tm
     loaded = effzoo.load_adapter(copy.deepcopy(base), effzoo.save_adapter(model, tmp_path))
     assert torch.equal(loaded(**inputs).logits, trained.logits)
     torch.testing.assert_close(effzoo.merge(loaded)(**inputs).logits, trained.logits, rtol=1e-4, atol=1e-4)
-    assert torch.equal(effzoo.detach(model, "default")(**inputs).logits, first.logits)
+    with torch.no_grad():  # a table of relative positions that learns is computed by another backend
+        assert torch.equal(effzoo.detach(model, "default")(**inputs).logits, first.logits)

@@ -51,8 +51,11 @@ class EncoderDecoder(Recomputing, Model):
         self._config, self.task, self.own_labels = config, task, num_labels
         encoder, decoder = config.encoder(), config.decoder()
         layers = encoder.layers + decoder.layers
-        self.encoder = Transformer(encoder, stack=Stack(0, layers))
-        self.decoder = Transformer(decoder, stack=Stack(encoder.layers, layers, reads=True))
+        relative = (config.relative_buckets, config.relative_distance) if config.positions == "relative" else None
+        slots = {"activation_dropout": config.activation_dropout}
+        same: dict[str, Any] = {"relative": relative, "slots": slots, "dropout": config.final_dropout}
+        self.encoder = Transformer(encoder, stack=Stack(0, layers, **same))
+        self.decoder = Transformer(decoder, stack=Stack(encoder.layers, layers, reads=True, **same))
         self.head = head(config, task, num_labels)
         self.head.apply(Transformer._initialise)
 
@@ -172,7 +175,9 @@ class EncoderDecoder(Recomputing, Model):
                 task_ids=task_ids,
             ).last_hidden_state  # fmt: skip
         with calling(HookContext()):
-            output = cast(Output, self.head(z, None, labels, self.embeddings.token))
+            read = z * self.config.dim**-0.5 if self.config.scaled_logits and self.task == "seq2seq_lm" else z
+            output = cast(Output, self.head(read, None, labels, self.embeddings.token))
+        output["last_hidden_state"] = z
         output["encoder_last_hidden_state"] = states
         return output
 

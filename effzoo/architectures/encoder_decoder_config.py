@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from effzoo.annotations import Whole
+from effzoo.annotations import Count, Probability, Whole
 from effzoo.architectures.config import TASKS, Config, set_by_trainers
 from effzoo.errors import IncompatibleError, OptionError
 
@@ -32,9 +32,15 @@ class EncoderDecoderConfig(Config):
     decoder_attention: of the decoder to itself, a kind that can be causal: a spec, or one per layer. `attention` is
         that of the encoder; cross-attention is full.
     decoder_start_token: what the decoder reads first; labels are shifted behind it.
+    positions: as in `Config`, or "relative": a bias of the scores by the distance of key and query, of relative_buckets
+        buckets and alike from relative_distance on, one table for all layers of a stack (Raffel et al. 2020, T5,
+        arXiv:1910.10683, section 2.1).
+    scaled_logits: whether the states that the language-model head reads are divided by sqrt(dim) (T5 with a tied head).
+    activation_dropout, final_dropout: of the hidden units of feed-forwards, and of the states of each stack at the end.
     """
 
     architecture: Literal["encoder-decoder"]  # type: ignore[assignment]
+    positions: Literal["learned", "sinusoidal", "axial", "rotary", "none", "relative"] = "learned"  # type: ignore[assignment]
     lm_transform: bool = False
     pooler: bool = False
     decoder_layers: Whole = 0
@@ -42,11 +48,26 @@ class EncoderDecoderConfig(Config):
     decoder_mlp: Whole = 0
     decoder_attention: str | dict[Any, Any] | tuple[Any, ...] = "full"
     decoder_start_token: Whole | None = None
+    relative_buckets: Count = 32
+    relative_distance: Count = 128
+    scaled_logits: bool = False
+    activation_dropout: Probability = 0.0
+    final_dropout: Probability = 0.0
 
     is_encoder_decoder = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.positions != "relative" and (self.relative_buckets, self.relative_distance) != (32, 128):
+            raise OptionError(
+                f"relative_buckets and relative_distance are for positions='relative', got positions={self.positions!r}"
+            )
+        if self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 2:
+            raise OptionError(
+                "half of relative_buckets are for either side and half of these for single distances, so it is a "
+                f"multiple of 4, and relative_distance is above relative_buckets / 2; got {self.relative_buckets} and "
+                f"{self.relative_distance}"
+            )
         for name, (only, why) in _OF_ONE_STACK.items():
             if getattr(self, name) != only:
                 raise IncompatibleError(
@@ -74,6 +95,7 @@ class EncoderDecoderConfig(Config):
     def _stack(self, **own: Any) -> Config:
         # without pad_token, as positions count from the offset whatever the padding is
         given = {f.name: getattr(self, f.name) for f in fields(Config)}
+        given["positions"] = "none" if self.positions == "relative" else self.positions
         return Config(**given | {"pad_token": None, "generation": None, **own})
 
     @property

@@ -20,6 +20,7 @@ WITHOUT_EFFECT = {
     "name": "a label", "paper": "a label", "hub": "where weights come from",
     "package": "what registers the parts, which are named themselves",
     "layout": "the names of transformers", "dropout": "in training only", "attention_dropout": "in training only",
+    "activation_dropout": "in training only", "final_dropout": "in training only",
     "bos_token": "for generate", "eos_token": "for generate", "generation": "for generate",
     "backend": "the same result by another way", "mlp_chunk": "the same result, fewer positions at a time",
 }  # fmt: skip
@@ -34,8 +35,8 @@ COUNTS = (
     "lm_transform", "transform_bias", "channels", "latents", "value_dim", "cross_attends", "blocks_per_cross",
     "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim", "cross_mlp", "cross_residual",
     "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim",
-    "decoder_mlp", "decoder_residual", "causal", "final_norm",
-    "decoder_layers", "decoder_start_token",
+    "decoder_mlp", "decoder_residual", "causal", "final_norm", "decoder_layers",
+    "decoder_start_token", "relative_buckets", "relative_distance", "scaled_logits",
 )  # fmt: skip
 MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
     "head_dim": lambda config: config.head_dim or config.dim // config.heads,
@@ -67,6 +68,9 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "pad_token": lambda config, task: (
         bool(config.position_offset) or (task == "classification" and config.causal and config.pooling == "last")
     ),
+    "relative_buckets": lambda config, task: str(config.positions) == "relative",
+    "relative_distance": lambda config, task: str(config.positions) == "relative",
+    "scaled_logits": lambda config, task: task.endswith("_lm"),
     "max_length": lambda config, task: config.positions in ("learned", "axial") or not _any_length(config),
     "tied": lambda config, task: task.endswith("_lm"),
     "lm_bias": lambda config, task: task.endswith("_lm"),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from effzoo.architectures.heads import Classification, head, labels_of, note_pro
 from effzoo.architectures.inside import weights_of
 from effzoo.architectures.output import Output
 from effzoo.architectures.packing import Documents, Rows, check_packed, documents_by_id, documents_of, warn_of_documents
+from effzoo.architectures.relative import RelativePositions
 from effzoo.architectures.sharing import turns
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, Source
 from effzoo.attention.predicate import PredicateAttention
@@ -46,11 +47,17 @@ class Stack:
     first: the number of its first layer.
     layers: those of both stacks.
     reads: whether it is the decoder, which has cross-attention and is given the embeddings of its tokens.
+    relative: buckets and distance of `RelativePositions`; None without them.
+    slots: fields of `Slots` that `Config` does not have.
+    dropout: of the states at the end.
     """
 
     first: int
     layers: int
     reads: bool = False
+    relative: tuple[int, int] | None = None
+    slots: dict[str, Any] = field(default_factory=dict)
+    dropout: float = 0.0
 
 
 class Transformer(Recomputing, Model):
@@ -70,6 +77,9 @@ class Transformer(Recomputing, Model):
         self.config, self.task, self.own_labels = config, task, num_labels
         self.stack = stack
         self.reads = stack is not None and stack.reads
+        self.relative: RelativePositions | None = None
+        if stack is not None and stack.relative is not None:
+            self.relative = RelativePositions(config.heads, *stack.relative, causal=config.causal)
         self.embeddings = Embeddings(config, tokens=not self.reads)
         shared: dict[str, Any] = {}
         specs = attention_specs(config)
@@ -81,6 +91,7 @@ class Transformer(Recomputing, Model):
         side = Side(config.width, config.layers, partial(_narrow, config)) if stack is None else None
         self.side = cast(Side, side)
         self.head = head(config, task, num_labels)
+        self.end_dropout = nn.Dropout(stack.dropout) if stack is not None and stack.dropout else None
         # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.only_what_is_read = False
         self.headless = False
@@ -88,6 +99,11 @@ class Transformer(Recomputing, Model):
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
+            if self.relative is not None and not core.adds_scores:
+                raise IncompatibleError(
+                    f"attention {core.name!r} adds no bias by distance to its scores, as relative positions do: its "
+                    "keys are mixtures of positions, or in an order of their own; use 'full', 'longformer' or 'local'"
+                )
         for block in cast("Sequence[Block]", self.blocks) if config.causal and stack is None else ():
             ends = [part.down for part in block.mlp.modules() if isinstance(part, FeedForward)]
             for linear in (cast(Linear, block.attn.o), *ends):
@@ -108,7 +124,7 @@ class Transformer(Recomputing, Model):
             shared=shared,
             score_cap=config.score_cap,
         )
-        slots = dataclasses.replace(config.slots(config.first_layers[number]), reads=stack.reads)
+        slots = dataclasses.replace(config.slots(config.first_layers[number]), reads=stack.reads, **stack.slots)
         block = Block(slots, spec, context)
         if config.residual == "reversible":
             block.stream = None  # there are two
@@ -226,6 +242,9 @@ class Transformer(Recomputing, Model):
             mask = dataclasses.replace(mask, documents=like)
         if self.source is not None:
             mask = dataclasses.replace(mask, source=self.source)
+        if self.relative is not None:
+            with calling(outside):
+                mask = dataclasses.replace(mask, scores=self.relative(start + x.shape[1]))
         if valid is not None:
             valid = valid[:, -(x.shape[1] - prompt_length) :]
         valid = self.read_tokens(valid, input_ids)
@@ -243,6 +262,8 @@ class Transformer(Recomputing, Model):
         with calling(outside):
             if self.final_norm is not None:
                 x = self.final_norm(x)
+            if self.end_dropout is not None:
+                x = self.end_dropout(x)
             if wanted is None:
                 # the decoder behind an encoder reads the states of the prompt, too
                 x = x if self.stack is not None else x[:, prompt_length:]

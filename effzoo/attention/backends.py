@@ -105,6 +105,8 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
     caps = [part.cap for part in parts if part.cap]
     if caps and backend not in ("blocks", "flex"):
         return f"it has no cap of the scores, and score_cap is {caps[0]}"
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for part in parts for x in part.tiling_inputs):
+        return "what is added to the scores learns, which needs the scores themselves (frozen, it does not)"
     if backend in ("blocks", "efficient"):
         return ""
     if backend == "triton":

@@ -75,6 +75,8 @@ class Mask:
     start [batch, n, dim]: the embeddings, for routers that read them.
     decisions: choices that stay the same when a block is computed again (see `decide`); None stores none.
     source: what cross-attention reads in the decoder of an encoder-decoder; None elsewhere.
+    scores [heads, 2 s - 1]: what is added to the scores of a key j and a query i of s positions, at j - i + s - 1
+        (relative positions); None for nothing.
     tokens: how routers count the tokens of all ranks, beside `over_ranks`.
     documents: takes the documents that share the rows apart (`effzoo.architectures.packing`); None where each row is
         one.
@@ -90,6 +92,7 @@ class Mask:
     start: Tensor | None = field(default=None, repr=False)
     decisions: dict[Any, Any] | None = field(default=None, repr=False)
     source: Source | None = field(default=None, repr=False, kw_only=True)
+    scores: Tensor | None = field(default=None, repr=False, kw_only=True)
     documents: Any = field(default=None, repr=False, kw_only=True)
     over_ranks: Callable[..., Tensor] | None = field(default=None, repr=False, kw_only=True)
     tokens: TokensOverRanks | None = field(default=None, repr=False, kw_only=True)
@@ -122,6 +125,12 @@ class Mask:
         if key not in self.decisions:
             self.decisions[key] = make()
         return self.decisions[key]
+
+    def scores_at(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """What is added at positions of queries [..., m, 1] and of keys [..., 1, s]: [..., heads, m, s]."""
+        assert self.scores is not None
+        place = keys - queries + self.scores.shape[1] // 2
+        return self.scores[:, place].movedim(0, -3)
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:
         """Padding as an additive bias [batch, 1, 1, n], or None."""
@@ -339,6 +348,11 @@ class AttentionCore(nn.Module, abc.ABC):
         """
         sources = {"query": ["q", "qk"], "key": ["k", "qk"], "value": ["v"], "query and key": ["q"]}
         return [source for source in sources.get(self.projections.get(name, ""), []) if source != name]
+
+    @property
+    def adds_scores(self) -> bool:
+        """Whether it adds `mask.scores` to the scores of a query and a key."""
+        return False
 
     @property
     def crosses(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from effzoo.attention import flex, reference, tile_map
 from effzoo.attention.band import Predicate, Window
 from effzoo.attention.core import AttentionCore, Context, Mask, State, append, keep_last, memory_part, take_positions
 from effzoo.attention.part import Part, bias_of
-from effzoo.attention.tiles import Tiles, by_head
+from effzoo.attention.tiles import ByHead, Scored, Tiles, by_head
 from effzoo.attention.traced import Traced
 from effzoo.checked import known
 from effzoo.devices import at_hand
@@ -85,6 +86,10 @@ class PredicateAttention(AttentionCore):
         return "key_global" in _named_facts(cls)
 
     @property
+    def adds_scores(self) -> bool:
+        return type(self).forward is PredicateAttention.forward
+
+    @property
     def crosses(self) -> bool:
         # other predicates compare positions, which mean nothing across two sequences
         return self._windows == {Window(None, None)}
@@ -96,11 +101,17 @@ class PredicateAttention(AttentionCore):
     def forward(self, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k, v = projected[:3]
         own_tiles = type(self).tilings is not PredicateAttention.tilings
+        if self.context.backend == "flex" and mask.scores is not None:
+            raise IncompatibleError("backend 'flex' takes predicates, without what relative positions add; use 'auto'")
         if self.context.backend == "flex":
             if own_tiles:
                 self.tilings(q.shape[2], mask, q.device)  # which refuses lengths that the kind does not take
             tiling = flex.block_masked(self, q, k, mask, None if mask.valid is None else lengths(mask.valid))
             out = self.attend(Part(q, k, v, tiling=tiling), memory_part(q, memory))
+        elif mask.scores is not None and torch.compiler.is_compiling():
+            raise IncompatibleError(
+                "relative positions are not compiled, as their table would not learn; run them eagerly"
+            )
         elif self.by_length and mask.valid is not None and not own_tiles:
             every = torch.arange(q.shape[2], device=q.device)[None]
             return self.forward_at(every, *projected, mask=mask, memory=memory)
@@ -125,6 +136,8 @@ class PredicateAttention(AttentionCore):
         """The keys that are seen through tiles, of those in key_mask bool[batch, n]; mask: None in compiled code."""
         mask = Mask(key_mask) if mask is None else mask
         tiling = by_head(self.tilings(q.shape[2], mask, q.device), q.shape[2], self.context.causal)
+        if mask.scores is not None:
+            return self._scored(q, k, v, key_mask, mask.scores, tiling)
         if tiling is not None:
             return Part(q, k, v, tiling=tiling, inputs=[key_mask])
         bias = None
@@ -132,6 +145,22 @@ class PredicateAttention(AttentionCore):
             memo_key = ("key mask", key_mask is mask.valid, q.dtype)
             bias = mask.memo(memo_key, lambda: bias_of(key_mask[:, None, None, :], q.dtype))
         return Part(q, k, v, bias, causal=self.context.causal)
+
+    def _scored(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scores: Tensor, tiling: Tiles | ByHead | None
+    ) -> Part:
+        """`part` with what is added to the scores by distance [heads, 2 n - 1]."""
+        scores = scores.to(q.dtype)
+        if tiling is not None:
+            return Part(q, k, v, tiling=Scored(tiling), inputs=[key_mask, scores])
+        n = k.shape[2]
+        bias = scores.unfold(1, n, 1).flip(1)[None]  # row i begins at the distance of key 0, -i
+        if self.context.causal:
+            later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            bias = bias.masked_fill(later, -math.inf)
+        if key_mask is not None:
+            bias = bias.masked_fill(~key_mask[:, None, None, :], -math.inf)
+        return Part(q, k, v, bias)
 
     def _key_mask(self, mask: Mask) -> Tensor | None:
         """Keys that are seen through tiles, bool[batch, n]: tokens that are not global; None for all."""
@@ -222,9 +251,12 @@ class PredicateAttention(AttentionCore):
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k = projected[:2]
         allowed = self._pattern_at(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], mask)
-        cap = self.context.score_cap
+        cap, scores = self.context.score_cap, None
+        if mask.scores is not None:
+            query, key = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+            scores = mask.scores_at(query[:, None], key[None]).to(q.dtype)
         return self._either(
-            self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory, cap), *projected
+            self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory, cap, scores), *projected
         )
 
     def forward_at(self, wanted: Tensor, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
@@ -239,8 +271,10 @@ class PredicateAttention(AttentionCore):
     def _attend_at(self, positions: Tensor, s: int, mask: Mask, memory: KeysValues | None) -> Softmax:
         """Attention of the queries at positions [batch or 1, r] to what they see of s keys, as a function of these
         queries and of all keys and values."""
-        allowed = self._pattern_at(positions, s, mask)
-        return lambda q, k, v: self.attend(Part(q, k, v, bias_of(allowed, q.dtype)), memory_part(q, memory))
+        allowed, key = self._pattern_at(positions, s, mask), torch.arange(s, device=positions.device)
+        return lambda q, k, v: self.attend(
+            Part(q, k, v, added(bias_of(allowed, q.dtype), mask, positions, key[None])), memory_part(q, memory)
+        )
 
     def _either(self, is_global: Tensor | None, softmax: Softmax, *projected: Tensor) -> Tensor:
         """The softmax of local projections, and at global tokens that of their projections."""
@@ -286,6 +320,13 @@ class PredicateAttention(AttentionCore):
             bias = bias_of(self._allowed_last(last, new, keys, mask), q.dtype)
         elif valid is not None:
             bias = mask.memo(("cached keys", keys, q.dtype), lambda: bias_of(valid[:, None, None, -keys:], q.dtype))
+        if mask.scores is not None:
+            if global_keys is not None:
+                raise IncompatibleError("a decoder with relative positions keeps no global tokens; leave them out")
+            end = mask.scores.shape[1] // 2 + 1
+            place = torch.arange(end, device=q.device)[None]
+            none = torch.zeros(1, 1, 1, keys, dtype=q.dtype, device=q.device)
+            bias = added(none if bias is None else bias, mask, place[:, -new:], place[:, -keys:])
         return self.attend(Part(q, k, v, bias), global_keys, memory_part(q, memory)), state
 
     @property
@@ -322,6 +363,8 @@ class PredicateAttention(AttentionCore):
             seen = seen & (positions[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
         bias = mask.memo(("global keys", q.dtype), lambda: bias_of(seen, q.dtype))
         among_keys = mask.memo("global positions", lambda: positions.masked_fill(~filled, k.shape[2]))
+        every = torch.arange(q.shape[2], device=q.device)[None]
+        bias = added(bias, mask, every, positions)
         return Part(q, take_positions(k, positions), take_positions(v, positions), bias, positions=among_keys)
 
     @property
@@ -335,6 +378,13 @@ class PredicateAttention(AttentionCore):
         )
         tensors = tuple((id(x), x._version) for x in (*self.parameters(), *self.buffers()))
         return (type(self), self.context.causal, self.context.heads, options, tensors)
+
+
+def added(bias: Tensor, mask: Mask, queries: Tensor, keys: Tensor) -> Tensor:
+    """A bias [batch, heads, m, s] and what relative positions add, queries [batch or 1, m], keys [batch or 1, s]."""
+    if mask.scores is None:
+        return bias
+    return bias + mask.scores_at(queries[:, :, None], keys[:, None, :]).to(bias.dtype)
 
 
 def lengths(valid: Tensor) -> Tensor:

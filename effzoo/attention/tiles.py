@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,13 @@ class TilePositions:
         if self.index is not None:
             return self.index.flatten()
         return torch.arange(self.first, self.first + self.count * self.length, device="cpu")
+
+    def places(self, device: torch.device) -> Tensor:
+        """The positions of each tile, int[count, length], or [batch, count, length] where the examples differ."""
+        if self.index is not None:
+            return self.index.to(device)
+        start = torch.arange(self.count, device=device) * self.step + self.first
+        return start[:, None] + torch.arange(self.length, device=device)
 
     @property
     def end(self) -> int:
@@ -100,6 +107,20 @@ class TileRun:
     allowed: Tensor | None = None
     causal: bool = False
     filled: Tensor | None = None
+
+    def added(self, scores: Tensor, tiles: Tiles, count: int) -> Tensor:
+        """What is added to the scores of `count` tiles by distance, [count or 1, heads, queries, keys]."""
+        centre = scores.shape[1] // 2
+        if self.queries.index is None and self.keys.index is None:  # the same in all tiles
+            query, key = (
+                torch.arange(side.length, device=scores.device) + side.first for side in (self.queries, self.keys)
+            )
+            place = (key[None, :] - query[:, None]) * tiles.dilation + centre
+            return scores[:, place.clamp(0, 2 * centre)][None]
+        query, key = (side.places(scores.device) for side in (self.queries, self.keys))
+        place = (key[..., None, :] - query[..., :, None]) * tiles.dilation + centre
+        place = place.clamp(0, 2 * centre).reshape(-1, *place.shape[-2:])  # slots that hold no position are not seen
+        return scores[:, place].transpose(0, 1).repeat(count // len(place), 1, 1, 1)
 
     def to(self, device: torch.device) -> TileRun:
         allowed, filled = (None if x is None else sent(x, device) for x in (self.allowed, self.filled))
@@ -244,6 +265,40 @@ class ByHead(DisjointTiling):
 
     def _join_heads(self, tensors: Sequence[Tensor]) -> Tensor:
         return join_heads([heads for heads, _ in self.groups], tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(DisjointTiling):
+    """The tiles of another tiling with what is added to the scores by distance. Inputs of the part: which keys are seen
+    at all, and what is added at the distance j - i of a key j from a query i, [heads, 2 n - 1] at j - i + n - 1."""
+
+    tiling: Tiles | ByHead
+
+    def groups(self, heads: int) -> Sequence[tuple[list[int], Tiles]]:
+        return self.tiling.groups if isinstance(self.tiling, ByHead) else [(list(range(heads)), self.tiling)]
+
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor | None]) -> Iterator[Tile]:
+        key_mask, scores = inputs
+        assert scores is not None
+        plain = self.tiling.tiles(q, k, v, [key_mask])
+        for heads, tiles in self.groups(q.shape[1]):
+            of_heads = chosen(scores, heads, 0)
+            for run, tile in zip(tiles.runs, plain, strict=False):
+                added = run.added(of_heads, tiles, len(tile.q))
+                bias = added if tile.bias is None else added + tile.bias
+                if tile.causal:
+                    later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+                    bias = bias.masked_fill(later, -math.inf)
+                yield Tile(tile.q, tile.k, tile.v, bias, False)
+
+    def split(self, x: Tensor) -> Iterable[Tensor]:
+        return self.tiling.split(x)
+
+    def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+        return self.tiling.join(tiles, fill)
+
+    def key_gradients(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return self.tiling.key_gradients(k, v, grads)
 
 
 def by_head(groups: Sequence[tuple[list[int], Tiles | None]], n: int, causal: bool) -> Tiles | ByHead | None:

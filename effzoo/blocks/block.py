@@ -31,6 +31,7 @@ class Slots:
     expert_mlp: inner width of an expert; 0: mlp.
     experts: feed-forwards among which `router` chooses for each token; 0: one for every token.
     reads: cross-attention between the two, in the decoder of an encoder-decoder.
+    activation_dropout: of the hidden units of the feed-forward.
     """
 
     dim: int
@@ -57,6 +58,7 @@ class Slots:
     router: str = "switch"
     dropout: float = 0.0
     reads: bool = False
+    activation_dropout: float = 0.0
 
     def make_norm(self, dim: int, role: str, layer: int | None = None) -> Norm:
         """A norm of the kind that the model has everywhere."""
@@ -81,8 +83,9 @@ def cross_attention(slots: Slots, context: Context) -> Attention:
     context = dataclasses.replace(context, causal=False, global_tokens=False, shared={})
     return Attention(
         slots.dim, Spec("full"), context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads,
-        qk_norm=slots.eps if slots.qk_norm else None, source_dim=slots.dim, value_dim=slots.value_dim or None,
-        role="cross",
+        qk_norm=slots.eps if slots.qk_norm else None, qk_joint=slots.qk_norm == "joint",
+        qk_plus_one=slots.norm_kind == "rms_plus_one", score_dim=slots.score_dim or None, source_dim=slots.dim,
+        value_dim=slots.value_dim or None, role="cross",
     )  # fmt: skip
 
 
@@ -91,7 +94,14 @@ def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
     width = slots.expert_mlp or slots.mlp if slots.experts else slots.mlp
     sizes = slots.dim, width, slots.activation, context.layer
     made = [
-        FeedForward(*sizes, gated=slots.gated, bias=slots.mlp_bias, out_bias=slots.mlp_out_bias, chunk=slots.mlp_chunk)
+        FeedForward(
+            *sizes,
+            gated=slots.gated,
+            bias=slots.mlp_bias,
+            out_bias=slots.mlp_out_bias,
+            chunk=slots.mlp_chunk,
+            dropout=slots.activation_dropout,
+        )
         for _ in range(max(1, slots.experts))
     ]
     return Experts(made, slots.dim, slots.router, causal=context.causal) if slots.experts else made[0]
@@ -129,6 +139,8 @@ class Block(nn.Module):
         self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
         sandwich = slots.norm == "sandwich"
         self.attn_out_norm = slots.make_norm(dim, "attn.norm.out", layer) if sandwich else None
+        if slots.reads:
+            self.cross_out_norm = slots.make_norm(dim, "cross.norm.out", layer) if sandwich else None
         self.mlp_out_norm = slots.make_norm(dim, "mlp.norm.out", layer) if sandwich else None
         self.stream: Stream | None = Stream(dim, role="stream", layer=layer, causal=context.causal)
         self.dropout = nn.Dropout(slots.dropout)
@@ -161,6 +173,8 @@ class Block(nn.Module):
             return self.mlp_norm(x + self.feed(x, mask, wanted))
         if self.norm == "branch":
             x = residual + self.attend(x, mask, cache, wanted)
+            if self.reads:
+                x = x + self.read(x, mask, cache)
             return x + self.feed(x, mask, wanted)
         x = residual + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
         if self.reads:
@@ -175,10 +189,12 @@ class Block(nn.Module):
         return self.attn_branch(x if wanted is None else take_positions(x, wanted), added)
 
     def read(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
-        """dropout(cross(x, source))."""
+        """dropout(cross(x, source)), likewise."""
         source = mask.source
         assert source is not None  # the decoder sees to it
-        return self.cross_branch(x, self.dropout(self.cross(x, source.mask, source=source.states, cache=cache)))
+        added = self.cross(x, source.mask, source=source.states, cache=cache)
+        end = self.cross_norm if self.norm == "branch" else self.cross_out_norm
+        return self.cross_branch(x, self.dropout(added if end is None else end(added)))
 
     def feed(self, x: Tensor, mask: Mask, wanted: Tensor | None = None) -> Tensor:
         """dropout(mlp(x)), likewise; wanted: the positions of x, if they are not all."""

@@ -27,6 +27,7 @@ class FeedForward(nn.Module):
     out_bias: whether W_down has a bias; None for `bias`, which says it of all.
     chunk: positions that are computed at a time, for less memory and the same result (Kitaev et al. 2020,
         arXiv:2001.04451, section 3); 0: all at once.
+    dropout: of the hidden units.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
         out_bias: bool | None = None,
         chunk: int = 0,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.gate = Linear(dim, mlp, bias=bias, role="mlp.gate", layer=layer) if gated else None
@@ -48,6 +50,7 @@ class FeedForward(nn.Module):
         self.down = Linear(mlp, dim, bias=out_bias, role="mlp.down", layer=layer)
         self.activation = ACTIVATIONS[activation]
         self.chunk = chunk
+        self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.chunk or x.shape[1] <= self.chunk:
@@ -58,4 +61,4 @@ class FeedForward(nn.Module):
         """All positions at once."""
         with made_again(products=True):  # hidden units are four times as wide as x
             hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        return self.down(hidden if self.dropout is None else self.dropout(hidden))

@@ -131,7 +131,7 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_r
             )
         if (
             getattr(module, "config", model.config) is not model.config
-            and module.config.to_dict() != model.config.to_dict()
+            and module.config.to_dict() != made[path].config.to_dict()
         ):
             raise ConversionError(
                 f"{where} has a configuration of its own that differs from the model's; give the "

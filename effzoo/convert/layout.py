@@ -54,8 +54,9 @@ class Layout:
     body, heads: key map, heads by task.
     tied: their keys that hold the same values as another of theirs, in models whose head is tied.
     same: those that do in every model.
+    untied: their weight of a language-model head that may differ from the embedding, whatever the config says.
     fields: our config field -> theirs.
-    positions, activation: their names for max_length and the activation.
+    positions, activation: their names for max_length (empty: it has none, and `read` says ours) and the activation.
     slots: our fields that the layout fixes.
     required: their fields, each with the only value that we have.
     counts_from_pad: positions start at pad_token + 1.
@@ -93,6 +94,7 @@ class Layout:
     attention: tuple[str, ...] = ("full",)
     relative: str | None = None
     same: Mapping[str, str] = field(default_factory=dict)
+    untied: str = ""
     counts_from_pad: bool = False
     offset: int = 0
     lm_activation: str | None = None
@@ -120,7 +122,8 @@ class Layout:
         return getattr(importlib.import_module(self.module), self.classes[task])
 
     def base(self, task: str) -> str:
-        return "" if task == "features" else f"{self.prefixes.get(task, self.prefix)}."
+        prefix = "" if task == "features" else self.prefixes.get(task, self.prefix)
+        return f"{prefix}." if prefix else ""
 
     def rules(self, config: Config, source_task: str, task: str) -> list[Rule]:
         """The key map from a model of `source_task` to one of `task`.
@@ -173,7 +176,7 @@ class Layout:
                 f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config"
             )
         offset = values["pad_token"] + 1 if self.counts_from_pad else self.offset
-        longest = getattr(theirs, self.positions) - offset + self.offset
+        longest = getattr(theirs, self.positions) - offset + self.offset if self.positions else None
         try:
             config = config_class(self.slots.get("architecture"))(
                 **{"name": self.name, "layout": self.name, "max_length": longest, **self.slots, **values},
@@ -218,7 +221,8 @@ class Layout:
         """The fields of their config that say what ours says."""
         self.check(config, task)
         fields = {name: getattr(config, ours) for ours, name in self.fields.items()}
-        fields[self.positions] = config.max_length + config.position_offset - self.offset
+        if self.positions:
+            fields[self.positions] = config.max_length + config.position_offset - self.offset
         if config.activation not in THEIR_ACTIVATION:
             raise ConversionError(
                 f"{self.name} of transformers has no counterpart for activation={config.activation!r}; it has "

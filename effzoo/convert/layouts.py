@@ -26,6 +26,7 @@ FILES = (
     "modernbert",
     "led",
     "bart",
+    "t5",
     "reformer",
 )
 LAYOUTS = {

@@ -191,10 +191,11 @@ def _checked(label: str, opened: Pretrained, layout: Layout, task: str, required
     model, missing = opened.model, opened.missing
     check_genuine(label, model, type(model), layout.lost)
     config = dataclasses.replace(layout.config(model.config, task), generation=texts.settings_of(model))
+    tensors = opened.tensors(label)
+    config = _untied(layout, config, task, tensors)
     rules = list(layout.known(config, task))
     ours = {rule.key(parameter): (rule.ours, parameter) for rule in rules for parameter in rule.parameters}
     check_ties(label, model, layout.ties(config, task), ours)
-    tensors = opened.tensors(label)
     state = {key: value for key, value in tensors.items() if key not in missing}
     given = {ours[key] for key in state if key in ours}
     for key, like in layout.lost.items():
@@ -242,6 +243,15 @@ def _checked(label: str, opened: Pretrained, layout: Layout, task: str, required
                 "or remove what was added"
             )
     return Source(label, model, layout, task, config, state, opened.stored)
+
+
+def _untied(layout: Layout, config: Config, task: str, tensors: Mapping[str, Tensor]) -> Config:
+    """The config, whose head is not tied where its weight differs from the embedding."""
+    head = tensors.get(layout.untied)
+    table = tensors.get(layout.ties(config, task).get(layout.untied, ""))
+    if head is None or table is None or head is table or (not head.is_meta and head.equal(table)):
+        return config
+    return dataclasses.replace(config, tied=False)
 
 
 @contextmanager
