@@ -170,7 +170,9 @@ def draw_config(family, name, seed):
             n_positions=LENGTH + 3,
             layer_norm_epsilon=eps, activation_function=draw.choice(("gelu_new", "gelu", "relu")), resid_pdrop=0.0,
             embd_pdrop=0.0,
-            attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+            attn_pdrop=0.0, classifier_dropout=0.0, scale_attn_weights=draw.choice((True, False)),
+            scale_attn_by_inverse_layer_idx=draw.choice((True, False)),
+            pad_token_id=0, bos_token_id=None, eos_token_id=None,
             num_labels=LABELS,
         )  # fmt: skip
     elif family in (*CAUSAL, "eurobert"):

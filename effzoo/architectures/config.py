@@ -128,7 +128,7 @@ class Config(ReadByTrainers):
     head_dim: width of a head; 0 for dim / heads.
     kv_heads: heads of keys and values (grouped queries); 0 for all.
     qk_norm: an RMSNorm over each head of queries and keys; "joint": over all heads of a token together (OLMo 2).
-    score_dim: scores are q . k / sqrt(score_dim); 0 for the width of a head.
+    score_dim: scores are q . k / sqrt(score_dim), one or one per layer; 0 for the width of a head.
     score_cap, logit_cap: scores, and the logits of a language-model head, become c tanh(s / c) (Gemma 2); 0 for none.
     attn_bias, attn_out_bias, mlp_bias, mlp_out_bias: which linear layers have a bias; mlp_out_bias is of the last one
         of a feed-forward, None for what mlp_bias says.
@@ -187,7 +187,7 @@ class Config(ReadByTrainers):
     head_dim: Whole = 0
     kv_heads: Whole = 0
     qk_norm: bool | Literal["joint"] = False
-    score_dim: NotNegative = 0.0
+    score_dim: NotNegative | tuple[NotNegative, ...] = 0.0
     score_cap: NotNegative = 0.0
     logit_cap: NotNegative = 0.0
     scale_embeddings: bool = False
@@ -313,7 +313,10 @@ class Config(ReadByTrainers):
     def _check_layers(self) -> None:
         """What is said per layer is said for each, and once where all agree."""
         object.__setattr__(self, "rotary_scaling", _without_lists(self.rotary_scaling))
-        for name in ("rotary_theta", "rotary_scaling", "rotary_fraction", "attention_dropout"):
+        if isinstance(self.score_dim, (tuple, list)):
+            width = self.head_dim or self.dim // self.heads
+            object.__setattr__(self, "score_dim", tuple(given or float(width) for given in self.score_dim))
+        for name in ("rotary_theta", "rotary_scaling", "rotary_fraction", "score_dim", "attention_dropout"):
             given = getattr(self, name)
             if isinstance(given, tuple) and len(given) != self.layers:
                 raise OptionError(f"{len(given)} values of {name} for {self.layers} layers; give one, or one per layer")
@@ -375,7 +378,9 @@ class Config(ReadByTrainers):
         rotary = self.rotary(layer)
         same = {f.name: getattr(self, f.name) for f in fields(Slots) if f.name in {mine.name for mine in fields(self)}}
         experts = 0 if (layer + 1) % self.expert_every else self.experts
-        return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None, "experts": experts})
+        score_dim = self.score_dim[layer] if isinstance(self.score_dim, tuple) else self.score_dim
+        own = {"rotary": rotary, "kv_heads": self.kv_heads or None, "experts": experts, "score_dim": score_dim}
+        return Slots(**same | own)
 
     @property
     def counts_tokens(self) -> bool:

@@ -56,6 +56,8 @@ def read_scores(theirs: Any, *caps: str) -> dict[str, Any]:
 
 def write_scores(config: Config, *caps: str) -> dict[str, Any]:
     score_dim = config.score_dim or config.head_dim or config.dim // config.heads
+    if isinstance(score_dim, tuple):
+        raise ConversionError(f"{config.layout} of transformers has one score_dim for all layers, got {score_dim}")
     if score_dim != int(score_dim):
         raise ConversionError(f"{config.layout} of transformers has a whole score_dim, got {score_dim}")
     given = {"query_pre_attn_scalar": int(score_dim)} | {CAPS[ours]: getattr(config, ours) or None for ours in caps}

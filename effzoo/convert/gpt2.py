@@ -7,12 +7,14 @@ none.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from effzoo.architectures import Config
 from effzoo.convert.keymap import Rule, same
 from effzoo.convert.layout import Layout
 from effzoo.convert.llama import causal
+from effzoo.errors import ConversionError
 
 BODY = (
     *same(
@@ -37,15 +39,41 @@ HEADS = {
     "causal_lm": (),
 }
 
+SCALES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+
 
 def read(theirs: Any) -> dict[str, Any]:
     """The inner width is four times the width where it is not given."""
-    return {"mlp": theirs.n_inner or 4 * theirs.n_embd, "architecture": "decoder" if causal(theirs) else "encoder"}
+    width = theirs.n_embd // theirs.n_head
+    scales = score_dims(width, theirs.n_layer, *(getattr(theirs, switch) for switch in SCALES))
+    return {
+        "mlp": theirs.n_inner or 4 * theirs.n_embd,
+        "architecture": "decoder" if causal(theirs) else "encoder",
+        "score_dim": 0.0 if set(scales) == {float(width)} else scales,
+    }
+
+
+def score_dims(width: int, layers: int, by_width: bool, by_layer: bool) -> tuple[float, ...]:
+    """Our score_dim of each layer: theirs divides scores by the root of the head's width, by the layer's number, which
+    counts from 1, by both or by neither."""
+    return tuple((width if by_width else 1.0) * (layer + 1 if by_layer else 1.0) ** 2 for layer in range(layers))
 
 
 def write(config: Config) -> dict[str, Any]:
-    return {"embd_pdrop": config.dropout, "classifier_dropout": config.dropout} | (
-        {} if config.causal else {"is_causal": False}
+    """Raises ConversionError for scores that theirs cannot divide so."""
+    width = config.dim // config.heads
+    given = config.score_dim if isinstance(config.score_dim, tuple) else (config.score_dim or width,) * config.layers
+    ways = [way for way in product((True, False), (False, True)) if score_dims(width, config.layers, *way) == given]
+    if not ways:
+        raise ConversionError(
+            f"GPT-2 of transformers divides scores by the root of the head's width {width} or not, and by the number "
+            f"of the layer or not, which is not score_dim={config.score_dim}"
+        )
+    scales = dict(zip(SCALES, ways[0], strict=True))
+    return (
+        scales
+        | {"embd_pdrop": config.dropout, "classifier_dropout": config.dropout}
+        | ({} if config.causal else {"is_causal": False})
     )
 
 
@@ -91,13 +119,16 @@ GPT2 = Layout(
         "norm": "pre", "types": 0, "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False,
         "lm_transform": False,
     },
-    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-    "add_cross_attention": False}, dropouts=dropouts,
-    translated=frozenset({"architecture"}),
+    required={"add_cross_attention": False}, dropouts=dropouts,
+    translated=frozenset({"architecture", "score_dim"}),
     read=read,
     write=write,
-    reads=frozenset({"classifier_dropout", "embd_pdrop", "hidden_dropout", "is_causal", "tie_word_embeddings"}),
-    inert=frozenset({"n_ctx", "predict_special_tokens", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type",
-                     "summary_use_proj"}),
+    reads=frozenset({
+        *SCALES, "classifier_dropout", "embd_pdrop", "hidden_dropout", "is_causal", "tie_word_embeddings",
+    }),
+    # reorder_and_upcast_attn: the same scores in another order and precision
+    inert=frozenset({
+        "n_ctx", "predict_special_tokens", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
+        "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    }),
 )  # fmt: skip
