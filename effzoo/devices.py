@@ -63,6 +63,13 @@ def kind_of(x: Tensor | torch.device) -> str:
     return kind if kind != "cpu" or torch.compiler.is_compiling() else _taken.get()
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations on the device of x are in the dtype of their inputs."""
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """What a card can do, as NVIDIA counts it; without one, nothing runs, but it can be planned."""
     return (

@@ -95,7 +95,7 @@ def generate(
     attention_mask [batch, n]: 0 at padding, which stands in front (left) of shorter prompts; a row gives the text and
         the logits that it gives alone.
     global_attention_mask [batch, n]: of the prompt, for kinds with global tokens.
-    use_cache: keep keys and values; the kind must have a cache (all but `linformer` and `perceiver`).
+    use_cache: keep keys and values; the kind must have a cache (all but those that cannot be causal).
     options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9, num_beams=4,
         eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`,
         `tokenizer` (for `stop_strings`). One that is not given is what the model's config says (`eos_token`,

@@ -24,6 +24,7 @@ KINDS = {  # options small enough for N positions, and which positions are globa
     "lsh": ("lsh[rounds=1, chunk=8, buckets=6]", ()),
     "linformer": ("linformer[k=8]", ()),
     "perceiver": ("perceiver[latents=8]", ()),
+    "linear": ("linear", ()),
 }
 # which no mask over the keys shows
 MIXED = {"linformer": "mixtures of all keys", "perceiver": "latents that have read all"}
@@ -36,13 +37,17 @@ def masks() -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(11.2, 6.6), dpi=130)
-    *panels, key = figure.subplots(
-        2, 4, gridspec_kw={"left": 0.01, "right": 0.99, "top": 0.95, "bottom": 0.06, "wspace": 0.08}
+    kinds = attention_kinds()
+    rows = len(kinds) // 4 + 1
+    figure = Figure(figsize=(11.2, 3.3 * rows), dpi=130)
+    places = figure.subplots(
+        rows, 4, gridspec_kw={"left": 0.01, "right": 0.99, "top": 1 - 0.1 / rows, "bottom": 0.12 / rows, "wspace": 0.08}
     ).flat
-    for axes, name in zip(panels, attention_kinds(), strict=True):
+    for axes, name in zip(places, kinds, strict=False):
         mask(axes, name)
-    bare(key)
+    key, *rest = places[len(kinds) :]
+    for axes in (key, *rest):
+        bare(axes)
     key.text(
         0.04,
         0.86,

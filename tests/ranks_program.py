@@ -25,6 +25,7 @@ CASES = {
     "perceiver": ("perceiver[latents=3]", False), "blockwise": ("blockwise[blocks=3]", False),
     "blockwise causal": ("blockwise[blocks=4, permutations=((3, 1, 2, 4), (1, 2, 3, 4))]", True),
     "blocks of 5": ("blockwise[blocks=7, block=5]", False), "many blocks": ("blockwise[blocks=64, block=1]", False),
+    "linear": ("linear", False), "linear causal": ("linear", True),
 }  # fmt: skip
 
 
@@ -123,6 +124,8 @@ MODELS = [  # name, options of build, whether the batch is padded
     ("modernbert", {"task": "masked_lm", "attention": ("full", "longformer[window=6]")}, True),
     ("bert", {"task": "masked_lm", "attention": "linformer[k=5, sharing=key_value]", "peft": "lora"}, True),
     ("albert", {"task": "masked_lm", "attention": "perceiver[latents=3]", "peft": "dora"}, False),
+    ("llama", {"task": "causal_lm", "attention": "linear", "peft": "prefix[length=3]|lora", "kv_heads": 1}, True),
+    ("bert", {"task": "classification", "attention": "linear", "peft": "prompt[length=3]"}, True),
 ]  # fmt: skip
 
 

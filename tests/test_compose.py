@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support import small
 
 import effzoo
 from effzoo.errors import AdapterError, IncompatibleError, OptionError
@@ -41,7 +42,7 @@ def batch(rows=4, n=9):
 @pytest.mark.parametrize("attention", effzoo.attention.names())
 @pytest.mark.parametrize("spec", [UNION, "ia3|full[targets=mlp.*]"])
 def test_each_row_gets_what_its_adapter_gives_it_alone(tiny, attention, spec):
-    model = drawn(build(tiny, KINDS[attention]), "a", "b", "c", spec=spec)
+    model = drawn(build(tiny, KINDS.get(attention, small(attention))), "a", "b", "c", spec=spec)
     rows, inputs = ["b", "a", "b", "c"], batch()
     effzoo.activate(model, rows=rows)
     got = model(**inputs).logits

@@ -17,6 +17,7 @@ KINDS = [
     "longformer[window=4,dilation=(1,2)]",
     "local[chunk=4]",
     "lsh[chunk=4,stable=true]",
+    "linear",
 ]
 STRATEGIES = {
     "greedy": {},
@@ -184,7 +185,7 @@ MODELS = {
     ("attention", "model"),
     [
         *((kind, "learned") for kind in ALONE),
-        *((kind, model) for kind in ALONE[2:5] for model in MODELS if model != "learned"),
+        *((kind, model) for kind in ALONE[2:6] for model in MODELS if model != "learned"),
     ],
 )
 def test_a_row_gives_what_it_gives_alone_whatever_stands_in_front(attention, model, tiny):

@@ -27,6 +27,7 @@ KINDS = [
     "lsh[rounds=2, chunk=8]",
     "linformer[k=4]",
     "perceiver[latents=4]",
+    "linear",
 ]
 
 

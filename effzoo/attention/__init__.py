@@ -1,10 +1,10 @@
-"""Attention kinds: one file each, all a plan over the softmax of `kernel.py`.
+"""Attention kinds: one file each, a plan over the softmax of `kernel.py`, or over the sums of `features.py`.
 
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
 from effzoo.annotations import check_arguments
-from effzoo.attention import blockwise, full, linformer, local, longformer, lsh, perceiver
+from effzoo.attention import blockwise, full, linear, linformer, local, longformer, lsh, perceiver
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import attend, choose
 from effzoo.attention.part import Part, bias_of
@@ -29,6 +29,7 @@ __all__ = [
     "create",
     "full",
     "get",
+    "linear",
     "linformer",
     "local",
     "longformer",

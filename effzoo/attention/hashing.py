@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from effzoo.devices import without_autocast
 
 
 def automatic(max_length: int, chunk: int) -> tuple[int, ...]:
@@ -44,8 +45,7 @@ def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     exact = torch.promote_types(x.dtype, torch.float32)
     buckets = torch.zeros(rotations.shape[0], *x.shape[:3], dtype=torch.int64, device=x.device)
     start, product = 0, 1
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with without_autocast(x):
         for factor in factors:
             half = factor // 2
             if half:  # rounds side by side: one product, without a copy of x for each

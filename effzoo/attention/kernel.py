@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -29,6 +28,7 @@ from effzoo.attention import flex
 from effzoo.attention.backends import BACKENDS, choose, drawn_seed, prepared, tiling_and_kernel
 from effzoo.attention.part import DisjointTiling, Part, Tile, capped, factor
 from effzoo.attention.traced import BackendChoice, Traced
+from effzoo.devices import without_autocast
 from effzoo.errors import InputError
 
 __all__ = ["BACKENDS", "attend", "attended", "choose", "merge"]
@@ -52,9 +52,7 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
         raise InputError("attention is over the keys of at least one part; give attend a Part")
     name, _ = choose(parts, dropout, backend)
     if name == "reference" and not any(isinstance(part.tiling, Traced) for part in parts):
-        device = parts[0].q.device.type
-        # autocast would round the scores
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(parts[0].q):  # which would round the scores
             return _plain([piece for part in parts for piece in part.tiling_or_one.disjoint(part)], dropout)
     if name == "flex":
         outs, lses = zip(*(flex.attention(part) for part in parts), strict=True)

@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effzoo.attention import Context, Mask, PredicateAttention, create
+from effzoo.attention.features import FeatureAttention
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.lsh import LSH
 from effzoo.attention.perceiver import Perceiver
@@ -33,6 +34,7 @@ from effzoo.measure.timing import once
 
 ROWS = 64  # queries on which pairs are counted
 BACKWARD = 2.5  # operations of attention backward, in times of forward: five products for two
+EXACT = 4  # bytes of the numbers in which sums over features are kept
 # width of the products and numbers of the copies that `calibrated` times
 PROBES = {"cuda": (8192, 2**28), "cpu": (512, 2**22)}
 COUNTED = 2048  # up to this length launches are counted; beyond it the line through the last two counts goes on
@@ -145,6 +147,9 @@ def steps(case: Case) -> list[Step] | None:
             Step("read", 4 * B * d * n * m, size * B * d * 2 * (n + m))
         ]  # fmt: skip
         gathered = []
+    elif isinstance(core, FeatureAttention):
+        phi = case.heads * _features(case.attention, d // case.heads)
+        attended, gathered = [_sums(case, B * n, EXACT * B * n * (4 * phi + 4 * d))], []
     elif isinstance(core, PredicateAttention):
         attended, gathered = [Step("attention", 4 * B * d * _pairs(case.attention, n, False), 4 * size * B * n * d)], []
     else:
@@ -172,12 +177,31 @@ def _decoding(case: Case, size: int) -> list[Step] | None:
         seen = core.allowed(key[None, None, -1:, None], key[None, None, None, :], Mask(), places=n)
         read = n - int(seen.any(dim=1).flatten().int().argmax())
         kept = read * size * 2 * d
+    elif isinstance(core, FeatureAttention):
+        kept = EXACT * _features(case.attention, d // case.heads) * (d + case.heads)
+        return [
+            _product("projections", B, d, d, size, len(core.uses(Mask())) + 1),
+            _sums(case, B, 2 * B * kept),  # which is read and written
+        ]
     else:
         return None
     return [
         _product("projections", B, d, d, size, len(core.uses(Mask())) + 1),
         Step("attention", 4 * B * d * read, B * kept),
     ]
+
+
+@functools.cache
+def _features(kind: str, width: int) -> int:
+    """The features of a kind in heads of this width."""
+    features: int = create(kind, Context(heads=1, head_dim=width)).features
+    return features
+
+
+def _sums(case: Case, tokens: int, bytes_moved: float) -> Step:
+    """phi(k) [v, 1]^T, and phi(q) times it."""
+    width = case.dim // case.heads
+    return Step("attention", 4 * tokens * case.heads * _features(case.attention, width) * (width + 1), bytes_moved)
 
 
 def _product(name: str, rows: int, inputs: int, outputs: int, size: int, times: int) -> Step:

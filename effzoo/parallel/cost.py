@@ -13,6 +13,7 @@ import torch
 
 from effzoo.attention.blockwise import Blockwise
 from effzoo.attention.core import AttentionCore
+from effzoo.attention.features import CHUNK, FeatureAttention
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.perceiver import Perceiver
 from effzoo.attention.predicate import PredicateAttention
@@ -125,6 +126,16 @@ def _(core: Perceiver, split: Split, shapes: Shapes) -> Sent:
     return Sent(reduced + wide, reduced)
 
 
+@sent.register
+def _(core: FeatureAttention, split: Split, shapes: Shapes) -> Sent:
+    """The sums, d + 2 numbers for each feature: to all other ranks, or to those behind it; and their gradients back."""
+    sums = core.features * (core.context.head_dim + 2) * shapes.exact(core) / core.context.head_dim
+    others = split.ranks - 1
+    if not core.context.causal:
+        return Sent(others * sums, others * sums)
+    return Sent((others - split.rank) * sums, split.rank * sums)
+
+
 @scores.register
 def _(core: PredicateAttention, split: Split) -> float:
     """Of a window the keys in it, at borders of the sequence as well."""
@@ -163,3 +174,11 @@ def _(core: Linformer, split: Split) -> float:
 def _(core: Perceiver, split: Split) -> float:
     """The summary has values of width 2 d."""
     return 2.5 * split.size() * core.latents.num_embeddings
+
+
+@scores.register
+def _(core: FeatureAttention, split: Split) -> float:
+    """S and what is read of it take as many operations as attention to one key for each feature; causal layers multiply
+    out the pairs of a chunk as well."""
+    d, inside = core.context.head_dim, CHUNK / 2 if core.context.causal else 0
+    return split.size() * (core.features + inside * (core.features + d) / (2 * d))

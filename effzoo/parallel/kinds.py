@@ -6,6 +6,7 @@ window, chunks       the positions that the first and the last query see beyond 
 blockwise            the key blocks that the permutation of a head names for its query blocks (`blocks.py`)
 linformer            the sum over ranks of E K and F V
 perceiver            the softmax of the latents over the keys of all ranks
+linear, performer    the sums S and z of each rank; a causal rank needs those before it alone
 
 lsh is refused; `hashing.py` counts what its exchange would cost.
 """
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention.core import AttentionCore, Mask, memory_part, take_positions
+from effzoo.attention.features import FeatureAttention, Sums, joined
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.lsh import LSH
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.perceiver import Perceiver
 from effzoo.attention.predicate import PredicateAttention, global_positions
+from effzoo.devices import without_autocast
 from effzoo.errors import IncompatibleError
 from effzoo.parallel.ranks import Range, Split, attended, fetch, total
 from effzoo.parallel.ring import ring
@@ -47,7 +50,7 @@ def attention(
     """
     raise IncompatibleError(
         f"attention {core.name!r} is not computed over ranks: nobody has said what they would exchange; use full, "
-        "longformer, local, blockwise, linformer or perceiver"
+        "longformer, local, blockwise, linformer, perceiver, linear or performer"
     )
 
 
@@ -215,3 +218,23 @@ def _(
     part = Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(k.dtype))
     summary = attended(split, part, dropout=core.dropout, backend=core.context.backend)
     return core.attend(Part(q, summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]), memory_part(q, memory))
+
+
+@attention.register
+def _(
+    core: FeatureAttention, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None, group: int = 1
+) -> Tensor:
+    q, k, v = projected
+    with without_autocast(q):
+        here, others = core.sums_of(memory, q, v), _sums(split, core.sums(k, v, mask.valid), core.context.causal)
+        if core.context.causal:
+            return core.continued(q, k, v, mask.valid, joined(here, *others))
+        return core.read(q, joined(here, *others), v.dtype)
+
+
+def _sums(split: Split, own: Sums, earlier: bool) -> list[Sums]:
+    """The sums of all ranks, or of those before this one."""
+    one_each = Split(split.group, tuple(range(split.ranks + 1)))
+    wanted = [(0, rank if earlier else split.ranks) for rank in range(split.ranks)]
+    found = fetch(torch.cat(own, dim=-1).unsqueeze(2), one_each, wanted, 2)
+    return [Sums(each[..., :1].detach(), each[..., 1:]) for each in found.unbind(dim=2)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.devices import without_autocast
 from effzoo.errors import OptionError
 
 
@@ -171,8 +172,7 @@ class Scores(nn.Module):
         nn.init.normal_(self.weight, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(x):
             exact = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
             return F.linear(x.to(exact), self.weight.to(exact))
 

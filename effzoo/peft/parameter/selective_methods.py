@@ -179,7 +179,7 @@ class Head(Method):
         super().__init__(targets=targets)
 
     def make(self, site: Site) -> PeftModule | None:
-        return Copy(**site.base())
+        return Copy(**site.base()) if site.base() else None
 
 
 @peft.register("norms", "ln_tuning", "layernorm")
