@@ -25,6 +25,7 @@ KINDS = {  # options small enough for N positions, and which positions are globa
     "linformer": ("linformer[k=8]", ()),
     "perceiver": ("perceiver[latents=8]", ()),
     "linear": ("linear", ()),
+    "performer": ("performer", ()),
 }
 # which no mask over the keys shows
 MIXED = {"linformer": "mixtures of all keys", "perceiver": "latents that have read all"}

@@ -18,6 +18,7 @@ KINDS = [
     "local[chunk=4]",
     "lsh[chunk=4,stable=true]",
     "linear",
+    "performer[features=6]",
 ]
 STRATEGIES = {
     "greedy": {},
@@ -185,7 +186,7 @@ MODELS = {
     ("attention", "model"),
     [
         *((kind, "learned") for kind in ALONE),
-        *((kind, model) for kind in ALONE[2:6] for model in MODELS if model != "learned"),
+        *((kind, model) for kind in ALONE[2:7] for model in MODELS if model != "learned"),
     ],
 )
 def test_a_row_gives_what_it_gives_alone_whatever_stands_in_front(attention, model, tiny):

@@ -28,6 +28,7 @@ KINDS = [
     "linformer[k=4]",
     "perceiver[latents=4]",
     "linear",
+    "performer[features=6]",
 ]
 
 

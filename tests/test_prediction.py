@@ -38,7 +38,9 @@ def counted(case):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", ["full", "linformer[k=8]", "perceiver[latents=8]", "blockwise[blocks=4]", "linear"])
+@pytest.mark.parametrize(
+    "kind", ["full", "linformer[k=8]", "perceiver[latents=8]", "blockwise[blocks=4]", "linear", "performer[features=6]"]
+)
 def test_operations_are_those_that_run(kind):
     case = Case(kind, "forward", 64, 32, 4, batch=3)
     assert sum(step.times * step.operations for step in steps(case)) == pytest.approx(counted(case), rel=0.02)

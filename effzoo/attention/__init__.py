@@ -4,7 +4,7 @@
 """
 
 from effzoo.annotations import check_arguments
-from effzoo.attention import blockwise, full, linear, linformer, local, longformer, lsh, perceiver
+from effzoo.attention import blockwise, full, linear, linformer, local, longformer, lsh, perceiver, performer
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import attend, choose
 from effzoo.attention.part import Part, bias_of
@@ -38,6 +38,7 @@ __all__ = [
     "names",
     "options",
     "perceiver",
+    "performer",
     "register",
 ]
 

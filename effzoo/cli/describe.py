@@ -43,6 +43,7 @@ MATRICES = {  # the weights of a head that a kind computes, for n tokens of head
     "linformer": "n x k, as E K and F V are k x d",
     "perceiver": "latents x n, then n x latents",
     "linear": "none: the sum of phi(k) v^T is d x d",
+    "performer": "none: the sum of phi(k) v^T is features x d",
 }
 
 

@@ -26,6 +26,7 @@ from effzoo.attention.features import FeatureAttention
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.lsh import LSH
 from effzoo.attention.perceiver import Perceiver
+from effzoo.attention.performer import Performer
 from effzoo.measure import cards
 from effzoo.measure.cards import Card
 from effzoo.measure.layer import DTYPES, Case, supported
@@ -150,6 +151,8 @@ def steps(case: Case) -> list[Step] | None:
     elif isinstance(core, FeatureAttention):
         phi = case.heads * _features(case.attention, d // case.heads)
         attended, gathered = [_sums(case, B * n, EXACT * B * n * (4 * phi + 4 * d))], []
+        if isinstance(core, Performer):
+            gathered = [Step("features", 2 * B * n * phi * d / case.heads, EXACT * B * n * (d + phi), 2)]
     elif isinstance(core, PredicateAttention):
         attended, gathered = [Step("attention", 4 * B * d * _pairs(case.attention, n, False), 4 * size * B * n * d)], []
     else:
