@@ -24,11 +24,16 @@ KINDS = {  # options small enough for N positions, and which positions are globa
     "lsh": ("lsh[rounds=1, chunk=8, buckets=6]", ()),
     "linformer": ("linformer[k=8]", ()),
     "perceiver": ("perceiver[latents=8]", ()),
+    "nystromformer": ("nystromformer[landmarks=8]", ()),
     "linear": ("linear", ()),
     "performer": ("performer", ()),
 }
 # which no mask over the keys shows
-MIXED = {"linformer": "mixtures of all keys", "perceiver": "latents that have read all"}
+MIXED = {
+    "linformer": "mixtures of all keys",
+    "perceiver": "latents that have read all",
+    "nystromformer": "landmarks, means of segments",
+}
 INK, PALE, GREY = "#222222", "#eeeeee", "#888888"
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
 

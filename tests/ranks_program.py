@@ -26,6 +26,8 @@ CASES = {
     "blockwise causal": ("blockwise[blocks=4, permutations=((3, 1, 2, 4), (1, 2, 3, 4))]", True),
     "blocks of 5": ("blockwise[blocks=7, block=5]", False), "many blocks": ("blockwise[blocks=64, block=1]", False),
     "linear": ("linear", False), "linear causal": ("linear", True),
+    "nystromformer": ("nystromformer[landmarks=5]", False), "convolved": ("nystromformer[landmarks=40, conv=7]", False),
+    "convolved only": ("nystromformer[landmarks=none, conv=3]", False),
     "performer": ("performer[features=6]", False), "performer causal": ("performer[features=6]", True),
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ KINDS = [
     "perceiver[latents=4]",
     "linear",
     "performer[features=6]",
+    "nystromformer[landmarks=4, conv=3]",
 ]
 
 

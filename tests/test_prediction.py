@@ -39,7 +39,16 @@ def counted(case):
 
 
 @pytest.mark.parametrize(
-    "kind", ["full", "linformer[k=8]", "perceiver[latents=8]", "blockwise[blocks=4]", "linear", "performer[features=6]"]
+    "kind",
+    [
+        "full",
+        "linformer[k=8]",
+        "perceiver[latents=8]",
+        "blockwise[blocks=4]",
+        "linear",
+        "performer[features=6]",
+        "nystromformer[landmarks=8]",
+    ],
 )
 def test_operations_are_those_that_run(kind):
     case = Case(kind, "forward", 64, 32, 4, batch=3)

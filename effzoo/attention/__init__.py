@@ -4,7 +4,18 @@
 """
 
 from effzoo.annotations import check_arguments
-from effzoo.attention import blockwise, full, linear, linformer, local, longformer, lsh, perceiver, performer
+from effzoo.attention import (
+    blockwise,
+    full,
+    linear,
+    linformer,
+    local,
+    longformer,
+    lsh,
+    nystromformer,
+    perceiver,
+    performer,
+)
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import attend, choose
 from effzoo.attention.part import Part, bias_of
@@ -36,6 +47,7 @@ __all__ = [
     "lsh",
     "memory_part",
     "names",
+    "nystromformer",
     "options",
     "perceiver",
     "performer",

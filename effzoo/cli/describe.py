@@ -42,6 +42,7 @@ MATRICES = {  # the weights of a head that a kind computes, for n tokens of head
     "lsh": "n x (look_back + 1 + look_forward) chunk, in each round",
     "linformer": "n x k, as E K and F V are k x d",
     "perceiver": "latents x n, then n x latents",
+    "nystromformer": "n x landmarks, landmarks x landmarks, then landmarks x n",
     "linear": "none: the sum of phi(k) v^T is d x d",
     "performer": "none: the sum of phi(k) v^T is features x d",
 }

@@ -25,6 +25,7 @@ from effzoo.attention import Context, Mask, PredicateAttention, create
 from effzoo.attention.features import FeatureAttention
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.lsh import LSH
+from effzoo.attention.nystromformer import Nystromformer
 from effzoo.attention.perceiver import Perceiver
 from effzoo.attention.performer import Performer
 from effzoo.measure import cards
@@ -148,6 +149,17 @@ def steps(case: Case) -> list[Step] | None:
             Step("read", 4 * B * d * n * m, size * B * d * 2 * (n + m))
         ]  # fmt: skip
         gathered = []
+    elif isinstance(core, Nystromformer):
+        m, gathered = core.landmarks or n, []
+        softmaxes = 1 if core.landmarks is None else 2
+        attended = [Step("attention", 4 * B * d * n * m, 2 * size * B * n * d, softmaxes)]
+        if core.landmarks is not None:
+            gathered = [
+                Step("segments", 2 * B * d * n * m, size * B * (n * (d + m) + m * d), 2),
+                Step("inverse", 2 * B * m * m * (2 * d + 4 * core.iterations * m * case.heads), EXACT * B * m * d),
+            ]
+        if core.conv is not None:
+            gathered.append(Step("convolve", 2 * B * n * d * core.conv.in_features, 2 * size * B * n * d))
     elif isinstance(core, FeatureAttention):
         phi = case.heads * _features(case.attention, d // case.heads)
         attended, gathered = [_sums(case, B * n, EXACT * B * n * (4 * phi + 4 * d))], []

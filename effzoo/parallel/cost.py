@@ -15,6 +15,7 @@ from effzoo.attention.blockwise import Blockwise
 from effzoo.attention.core import AttentionCore
 from effzoo.attention.features import CHUNK, FeatureAttention
 from effzoo.attention.linformer import Linformer
+from effzoo.attention.nystromformer import Nystromformer
 from effzoo.attention.perceiver import Perceiver
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.errors import IncompatibleError
@@ -73,15 +74,21 @@ def _reduced(split: Split, size: float) -> float:
     return 2 * (split.ranks - 1) / split.ranks * size
 
 
+def _ring(core: AttentionCore, split: Split, shapes: Shapes) -> Sent:
+    """n - (positions of the next rank) keys and values, forward and backward, and their gradients home."""
+    if split.ranks == 1:
+        return Sent(0, 0)
+    keys = 2 * shapes.rows(core, shapes.group) * (split.n - split.size((split.rank + 1) % split.ranks))
+    return Sent(keys, keys + 2 * shapes.exact(core, shapes.group) * split.n)
+
+
 @sent.register
 def _(core: PredicateAttention, split: Split, shapes: Shapes) -> Sent:
     """Around the ring: n - (positions of the next rank) keys and values twice, and their gradients home. A window: what
     others need of this rank, and the gradients of what this one needed; global tokens by all-reduces."""
     row, others = 2 * shapes.rows(core, shapes.group), [rank for rank in range(split.ranks) if rank != split.rank]
     if sees_all(core):
-        keys = split.n - split.size((split.rank + 1) % split.ranks) if others else 0
-        home = 2 * shapes.exact(core, shapes.group) * split.n if others else 0
-        return Sent(row * keys, row * keys + home)
+        return _ring(core, split, shapes)
     held, mine = split.range(), needed(core, split, split.rank)
     shared = [overlap(held, needed(core, split, rank)) for rank in others]
     given = sum(end - first for first, end in filter(None, shared))
@@ -124,6 +131,26 @@ def _(core: Perceiver, split: Split, shapes: Shapes) -> Sent:
     reduced = _reduced(split, 2 * latents * shapes.rows(core))
     wide = (split.ranks - 1) * latents * shapes.exact(core) / core.context.head_dim
     return Sent(reduced + wide, reduced)
+
+
+@sent.register
+def _(core: Nystromformer, split: Split, shapes: Shapes) -> Sent:
+    """All-reduces of the landmarks and of what they read, their log-sum-exps to all; values for the convolution."""
+    if core.landmarks is None:
+        whole = _ring(core, split, shapes)
+    else:
+        reduced = _reduced(split, 3 * core.landmarks * shapes.rows(core))
+        wide = (split.ranks - 1) * core.landmarks * shapes.exact(core) / core.context.head_dim
+        whole = Sent(reduced + wide, reduced)
+    given = taken = 0
+    if core.conv is not None:
+        half, (first, end) = core.conv.in_features // 2, split.range()
+        near = [(max(0, low - half), min(split.n, high + half)) for low, high in map(split.range, range(split.ranks))]
+        shared = [overlap((first, end), near[rank]) for rank in range(split.ranks) if rank != split.rank]
+        given = sum(high - low for low, high in filter(None, shared))
+        taken = near[split.rank][1] - near[split.rank][0] - (end - first)
+    row = shapes.rows(core)
+    return Sent(whole.forward + row * given, whole.backward + row * taken)
 
 
 @sent.register
@@ -182,3 +209,12 @@ def _(core: FeatureAttention, split: Split) -> float:
     out the pairs of a chunk as well."""
     d, inside = core.context.head_dim, CHUNK / 2 if core.context.causal else 0
     return split.size() * (core.features + inside * (core.features + d) / (2 * d))
+
+
+@scores.register
+def _(core: Nystromformer, split: Split) -> float:
+    """Means of queries and keys and two softmaxes over the landmarks; Z is computed on every rank."""
+    if core.landmarks is None:
+        return float(split.size() * split.n)
+    m, d = core.landmarks, core.context.head_dim
+    return 3.0 * split.size() * m + (8 * core.iterations * m**3 + 4 * m * m * d) / (4 * d)

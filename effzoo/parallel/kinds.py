@@ -6,6 +6,7 @@ window, chunks       the positions that the first and the last query see beyond 
 blockwise            the key blocks that the permutation of a head names for its query blocks (`blocks.py`)
 linformer            the sum over ranks of E K and F V
 perceiver            the softmax of the latents over the keys of all ranks
+nystromformer        the means over segments and what the landmarks read; values near the border for a convolution
 linear, performer    the sums S and z of each rank; a causal rank needs those before it alone
 
 lsh is refused; `hashing.py` counts what its exchange would cost.
@@ -26,6 +27,7 @@ from effzoo.attention.core import AttentionCore, Mask, memory_part, take_positio
 from effzoo.attention.features import FeatureAttention, Sums, joined
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.lsh import LSH
+from effzoo.attention.nystromformer import Nystromformer
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.perceiver import Perceiver
 from effzoo.attention.predicate import PredicateAttention, global_positions
@@ -50,7 +52,7 @@ def attention(
     """
     raise IncompatibleError(
         f"attention {core.name!r} is not computed over ranks: nobody has said what they would exchange; use full, "
-        "longformer, local, blockwise, linformer, perceiver, linear or performer"
+        "longformer, local, blockwise, linformer, perceiver, nystromformer, linear or performer"
     )
 
 
@@ -176,9 +178,7 @@ def _with_globals(
     if mask.valid is not None:
         allowed = allowed & mask.valid[:, None, None, :]
     parts = [Part(query, k, v, bias_of(allowed.expand(-1, -1, slots.shape[1], end - first), q.dtype))]
-    if (other := memory_part(query, memory)) is not None:  # seen on the first rank; there on all, as gradients travel
-        unseen = bias_of(torch.full((1, 1, 1, other.k.shape[2]), split.rank == 0, device=q.device), q.dtype)
-        parts.append(replace(other, bias=unseen))
+    parts += _on_the_first(split, memory_part(query, memory))
     of_globals = attended(split, *parts, dropout=core.dropout, backend=core.context.backend)
     whole, own = of_all(mask, split, "is_global"), mask.is_global
     assert whole is not None and own is not None
@@ -226,15 +226,54 @@ def _(
 ) -> Tensor:
     q, k, v = projected
     with without_autocast(q):
-        here, others = core.sums_of(memory, q, v), _sums(split, core.sums(k, v, mask.valid), core.context.causal)
+        seen = _with_sums_of_ranks(core.sums_of(memory, q, v), split, core.sums(k, v, mask.valid), core.context.causal)
         if core.context.causal:
-            return core.continued(q, k, v, mask.valid, joined(here, *others))
-        return core.read(q, joined(here, *others), v.dtype)
+            return core.continued(q, k, v, mask.valid, seen)
+        return core.read(q, seen, v.dtype)
 
 
-def _sums(split: Split, own: Sums, earlier: bool) -> list[Sums]:
-    """The sums of all ranks, or of those before this one."""
+def _with_sums_of_ranks(here: Sums, split: Split, own: Sums, earlier: bool) -> Sums:
+    """The sums `here` joined with those of all ranks, or of the ranks before this one."""
     one_each = Split(split.group, tuple(range(split.ranks + 1)))
     wanted = [(0, rank if earlier else split.ranks) for rank in range(split.ranks)]
     found = fetch(torch.cat(own, dim=-1).unsqueeze(2), one_each, wanted, 2)
-    return [Sums(each[..., :1].detach(), each[..., 1:]) for each in found.unbind(dim=2)]
+    # the first rank gets none, and gradients travel between all
+    here = Sums(here.top, here.total + 0 * found[..., 1:].sum())
+    return joined(here, *(Sums(each[..., :1].detach(), each[..., 1:]) for each in found.unbind(dim=2)))
+
+
+@attention.register
+def _(
+    core: Nystromformer, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None, group: int = 1
+) -> Tensor:
+    q, k, v = projected
+    bias = mask.key_bias(q.dtype)
+    if core.landmarks is None:
+        other = memory_part(q, memory)
+        out = ring(
+            split, q, k[:, ::group], v[:, ::group], bias, *([] if other is None else [other]), causal=False,
+            dropout=core.dropout, backend=core.context.backend,
+        )  # fmt: skip
+    else:
+        means, there = core.segments(split.n, Mask(of_all(mask, split, "valid")), k)
+        own = split.own(means, 3)
+        q_, k_ = total(own @ q, split), total(own @ k, split)
+        parts = [Part(q_, k, v, bias), *_on_the_first(split, memory_part(q_, memory))]
+        read = attended(split, *parts, dropout=core.dropout, backend=core.context.backend)
+        out = core.through_landmarks(q, q_, k_, read, there)
+    if core.conv is None:
+        return out
+    if mask.valid is not None and not core.hf:
+        v = v.masked_fill(~mask.valid[:, None, :, None], 0.0)
+    half, (first, end) = core.conv.in_features // 2, split.range()
+    wanted = [(max(0, low - half), min(split.n, high + half)) for low, high in map(split.range, range(split.ranks))]
+    near = core.convolved(fetch(v, split, wanted, 2), Mask())
+    return out + near.narrow(2, first - wanted[split.rank][0], end - first)
+
+
+def _on_the_first(split: Split, memory: Part | None) -> list[Part]:
+    """A memory that is seen on the first rank, and there on all, as gradients travel."""
+    if memory is None:
+        return []
+    unseen = bias_of(torch.full((1, 1, 1, memory.k.shape[2]), split.rank == 0, device=memory.k.device), memory.k.dtype)
+    return [replace(memory, bias=unseen)]
