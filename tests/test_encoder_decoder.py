@@ -281,6 +281,16 @@ def test_what_an_encoder_decoder_has_not_is_refused_with_a_sentence(tmp_path):
         effzoo.generate(model, batch()["input_ids"], prompt_lookup_num_tokens=2)
     with pytest.raises(OptionError, match="encoder_no_repeat_ngram_size of an encoder-decoder"):
         effzoo.generate(model, batch()["input_ids"], encoder_no_repeat_ngram_size=2)
+    rows = [{"input_ids": [7, 8, 9], "labels": [9, 8]}, {"input_ids": [7, 8], "labels": [8, 7, 2]}]
+    tuned = effzoo.attach(built().float(), "lora")
+    for more, told in (
+        ({"packing": True}, "a target reads all sources of its row"),
+        ({"teacher": built().float()}, "batches without labels"),
+    ):  # fmt: skip
+        with pytest.raises(IncompatibleError, match=told):
+            effzoo.finetune(tuned, train=rows, output_dir=tmp_path, progress=False, **more)
+    with pytest.raises(IncompatibleError, match="embed pools the states of one text"):
+        effzoo.embed(built().float(), rows)
     with pytest.raises(TrainingError, match="has no loss to train"):
         effzoo.finetune(effzoo.build("bart", **SIZES), train=[], output_dir=tmp_path)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from effzoo.annotations import Count, ProperShare, Seed, Whole
-from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
+from effzoo.architectures import Config, EncoderDecoder, Perceiver, PerceiverConfig, Transformer
 from effzoo.checked import IGNORED
 from effzoo.data.chat import chat_tokens
 from effzoo.data.files import first_line
@@ -180,7 +180,7 @@ def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokeniz
     from effzoo import convert
     from effzoo.convert.source import quiet
 
-    config = source.config if isinstance(source, Transformer) else source
+    config = source.config if isinstance(source, Transformer | EncoderDecoder) else source
     if isinstance(config, (Perceiver, PerceiverConfig)):
         raise DataError(
             "a Perceiver reads bytes or arrays and has no tokenizer in the zoo; give the folder or hub id of the one "

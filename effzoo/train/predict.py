@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures import EncoderDecoder, Perceiver, Transformer
 from effzoo.architectures.heads import pool
 from effzoo.errors import IncompatibleError, InputError, OptionError, shown
 from effzoo.sites import unwrap
@@ -85,6 +85,11 @@ def embed(
     """
     model = unwrap(model)
     check_model(model)
+    if isinstance(model, EncoderDecoder):
+        raise IncompatibleError(
+            "embed pools the states of one text, and an encoder-decoder has those of two; model.encode(ids, mask) "
+            "gives those of the source"
+        )
     if pooling not in ("mean", "first", "last"):
         raise OptionError(f"pooling is 'mean', 'first' or 'last', got {shown(pooling)}")
     vectors: list[Any] = []

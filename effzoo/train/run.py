@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from effzoo.annotations import Count, Range, Seed
-from effzoo.architectures import Transformer
+from effzoo.architectures import EncoderDecoder, Transformer
 from effzoo.arguments import folder, number, number_or_none
 from effzoo.errors import EffzooError, IncompatibleError, OptionError, listing
 from effzoo.folder.saving import write
@@ -255,6 +255,11 @@ def _packed(data: Any, model: Transformer, seed: int, collator: Any) -> Any:
     """Checked examples as rows of several."""
     if collator is not None:
         raise OptionError("packing joins tokenised examples, and the collator is given rows; call effzoo.data.pack")
+    if isinstance(model, EncoderDecoder):
+        raise IncompatibleError(
+            "packing needs documents that stay apart, and by cross-attention a target reads all sources of its row; "
+            "leave it out (group_by_length=True saves padding)"
+        )
     if not isinstance(model, Transformer):
         raise IncompatibleError(
             f"packing needs documents that stay apart, and the latents of a {type(model).__name__} read the whole row"

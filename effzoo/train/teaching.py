@@ -159,6 +159,11 @@ def _check_comparable(student: Transformer, teacher: Transformer) -> None:
             "the teacher has parameters of the student, so it would change with it; give a model of "
             "its own (copy.deepcopy(model))"
         )
+    if student.task == "seq2seq_lm":
+        raise IncompatibleError(
+            "the teacher is shown batches without labels, of which an encoder-decoder makes what its decoder reads; "
+            "distil it in a loop of your own"
+        )
     if student.task != teacher.task:
         raise IncompatibleError(
             f"the student's task is {student.task!r}, the teacher's {teacher.task!r}; build both with the same task"
