@@ -756,7 +756,7 @@ def state(model):
 
 def cases(directory, processes):
     found = {}
-    for peft in ("toy", "fish[keep=0.05]", "lt_sft[keep=0.05]"):
+    for peft in ("toy", "fish[keep=0.05]", "lt_sft[keep=0.05]", "adalora[rank=3]", "lora[rank=2, init=lora_ga]"):
         for task in ("classification", "token_classification"):
             for accumulation in (1, 2):
                 CALLS.clear()

@@ -203,7 +203,10 @@ def corda(weight: Tensor, triangle: Tensor, rank: int, scale: float, smallest: b
 def weight_gradients(
     model: nn.Module, known: Mapping[str, Site], paths: Iterable[str], batches: Batches
 ) -> dict[str, Tensor]:
-    """dL/dW of each site [out, in], by path, the sum over batches. Raises IncompatibleError where there is none."""
+    """dL/dW of each site [out, in], by path, the sum over examples, so that it does not depend on how they are batched.
+
+    Raises IncompatibleError where there is none.
+    """
     weights = {path: cast(Tensor, known[path].weight) for path in paths}
     before = [weight.requires_grad for weight in weights.values()]
     totals = {path: torch.zeros_like(weight, dtype=torch.float64) for path, weight in weights.items()}
@@ -211,8 +214,8 @@ def weight_gradients(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for batch in batches:
-            gradients = torch.autograd.grad(model(**batch).loss, list(weights.values()), allow_unused=True)
+        for example in examples(batches):
+            gradients = torch.autograd.grad(model(**example).loss, list(weights.values()), allow_unused=True)
             for path, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     reached.add(path)
