@@ -235,3 +235,22 @@ def test_adapters_and_trainers_leave_the_fingerprint_alone():
     assert difference(before, fingerprint(model)) is None
     with pytest.raises(AdapterError, match="got dict"):
         fingerprint({"no": "module"})
+
+
+def test_what_releases_have_added_is_no_fact_of_a_model_that_does_without():
+    """Files of adapters that were written before name no such fact, and still load."""
+    sizes = {"layers": 1, "dim": 16, "heads": 2, "mlp": 24, "vocab": 30, "max_length": 16, "kv_heads": 0}
+    model = effzoo.build("llama", rotary_scaling={"type": "linear", "factor": 2.0}, **sizes)
+    facts = fingerprint(model).facts
+    added = (
+        "rotary_fraction", "score_dim", "score_cap", "logit_cap", "scale_embeddings", "expert_mlp", "mlp_out_bias",
+    )  # fmt: skip
+    assert not [name for name in facts if name.rpartition(".")[2] in (*added, "scale")]
+    assert not [name for name in facts if ".stream" in name or name == "blocks.0.reads"]
+    assert facts["blocks.0.attn"] == "Attention" and facts["embedding_dim"] == 16
+    assert set(facts["blocks.0.attn.rotary"]) == {"head_dim", "theta", "scaling"}
+    assert "score_cap" not in facts["blocks.0.attn.core.context"]
+    more = {"score_cap": 2.0, "scale_embeddings": True, "rotary_fraction": 0.5, "score_dim": 3.0}
+    other = fingerprint(effzoo.build("llama", rotary_scaling=None, **sizes, **more)).facts
+    assert all(other[name] == value for name, value in more.items())
+    assert other["blocks.0.attn.rotary"]["fraction"] == 0.5 and other["embeddings.token.scale"] == 4.0

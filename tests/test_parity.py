@@ -99,6 +99,9 @@ def draw_decoder(family, draw, layers, eps):
         sizes["attention_bias"] = draw.choice((True, False))
     if family in ("llama", "eurobert", "smollm3"):
         sizes["mlp_bias"] = draw.choice((True, False))
+    if family == "eurobert":
+        sizes.pop("classifier_dropout")
+        sizes["classifier_pooling"] = draw.choice(("bos", "mean", "late"))
     if family in ("mistral", "phi3", "mixtral"):
         sizes["sliding_window"] = draw.choice((None, 2, 5, 4096))
     if family in ("qwen2", "qwen3"):

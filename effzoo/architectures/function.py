@@ -61,6 +61,7 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "rotary_theta": lambda config, task: config.positions == "rotary",
     "rotary_scaling": lambda config, task: config.positions == "rotary",
     "rotary_fraction": lambda config, task: config.positions == "rotary" and config.rotary_fraction != 1,
+    "mlp_out_bias": lambda config, task: config.mlp_out_bias not in (None, config.mlp_bias),
     "score_dim": lambda config, task: config.score_dim != 0,
     "score_cap": lambda config, task: config.score_cap != 0,
     "logit_cap": lambda config, task: task.endswith("_lm") and config.logit_cap != 0,
@@ -101,7 +102,9 @@ def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) ->
             continue
         if isinstance(config, Config) and not READ_IF.get(name, _always)(config, task):
             continue
-        function[name] = meant(config, name)
+        # files of earlier releases say the width; that there is a projection, its module says
+        is_width = name == "embedding_dim" and isinstance(config, Config)
+        function[name] = config.embed_dim if is_width else meant(config, name)
     for layer, spec in enumerate(_specs(config)):
         function |= _options(f"attention of layer {layer}", attention, spec)
         causal = config.causal or layer >= config.layers  # of an encoder-decoder

@@ -26,8 +26,10 @@ from effzoo.reading import read_object
 from effzoo.sites import Activity, sites
 from effzoo.spec import Spec
 
-FORMAT = 1
-LATER: dict[int, tuple[str, ...]] = {}  # fields of configs by the format that added them
+FORMAT = 2
+LATER: dict[int, tuple[str, ...]] = {  # fields of configs by the format that added them
+    2: ("mlp_out_bias", "rotary_fraction", "score_dim", "score_cap", "logit_cap", "scale_embeddings", "expert_mlp")
+}
 MODEL_TYPE = "effzoo"
 CONFIG, FINGERPRINT, CARD, ADAPTERS, BUFFERS = "config.json", "fingerprint.json", "README.md", "adapters", "buffers"
 GENERATION = "generation_config.json"  # of transformers, where one of its classes wrote the folder

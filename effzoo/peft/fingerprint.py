@@ -39,7 +39,11 @@ NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "weighted": "of the loss", "later_values_matter": "an explanation", "projections": "they are sites",
     "bits": "of the codes, which say it themselves", "Embedding.added": "which tokens are called new",
 }  # fmt: skip
+# what releases have added, and adds nothing where it is so: files of earlier ones have no fact for it
+ADDED_PARTS = ("Stream",)  # sites without a weight
+ADDED: dict[str, Any] = {"Block.reads": False}
 WITHOUT = " without rows "  # as files say it of embeddings
+_NOWHERE = object()
 _OF_ANY_MODULE = vars(nn.Module())
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout)
 
@@ -114,8 +118,9 @@ def facts(model: nn.Module) -> dict[str, Any]:
     if callable(computes):
         found |= {name: _plain(value) for name, value in computes().items()}
     for path, module in model.named_modules():
-        if path and not _of_adapter(f"{path}.") and not isinstance(module, CONTAINERS):
-            found[path] = class_of(module).__name__
+        kind = class_of(module).__name__
+        if path and not _of_adapter(f"{path}.") and not isinstance(module, CONTAINERS) and kind not in ADDED_PARTS:
+            found[path] = kind
             found |= {f"{path}.{name}": value for name, value in _attributes(module).items()}
     return found
 
@@ -193,6 +198,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         if "dropout" in name or {name, f"{class_of(module).__name__}.{name}"} & NOT_THE_FUNCTION.keys():
             continue
         if value is None or isinstance(value, (Tensor, nn.Module)):
+            continue
+        if value is ADDED.get(f"{class_of(module).__name__}.{name}", _NOWHERE):
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [

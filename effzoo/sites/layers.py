@@ -217,7 +217,7 @@ class Embedding(nn.Embedding, Site):
     `effzoo.resize_vocabulary` has added."""
 
     added = 0
-    scale = 1.0
+    scale: float | None = None
 
     def __init__(self, entries: int, dim: int, *, scale: float = 1.0, role: str, layer: int | None = None):
         super().__init__(entries, dim)
@@ -227,7 +227,7 @@ class Embedding(nn.Embedding, Site):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.combined(ids) if self.active else F.embedding(ids, self.weight)
-        if self.scale == 1:
+        if self.scale is None:
             return x
         return x * torch.full((), self.scale, dtype=torch.float32, device=x.device).to(self.weight.dtype)
 
