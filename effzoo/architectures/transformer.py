@@ -101,8 +101,8 @@ class Transformer(Recomputing, Model):
             core.initialise()
             if self.relative is not None and not core.adds_scores:
                 raise IncompatibleError(
-                    f"attention {core.name!r} adds no bias by distance to its scores, as relative positions do: its "
-                    "keys are mixtures of positions, or in an order of their own; use 'full', 'longformer' or 'local'"
+                    f"attention {core.name!r} adds no bias by distance to its scores, as relative positions do: it "
+                    "mixes or orders its keys, or has no scores; use 'full', 'longformer' or 'local'"
                 )
         for block in cast("Sequence[Block]", self.blocks) if config.causal and stack is None else ():
             ends = [part.down for part in block.mlp.modules() if isinstance(part, FeedForward)]
