@@ -65,15 +65,12 @@ def test_the_pages_of_the_decks_are_those_of_the_tracked_results():
             assert (ROOT / "benchmarks/lectures" / path).resolve().is_file(), path
 
 
-STILL_QUICK = ("low_data",)  # its tracked run is older than its standard size
-
-
 def test_every_experiment_was_run_and_is_on_a_page():
     results = loaded().lab_results()
     assert {*results} == {*catalogue()}, "run effzoo lab NAME --out benchmarks/results/lab"
     for name, result in results.items():
         assert result["claims"] and (ROOT / f"benchmarks/results/lab/{name}/figure.png").is_file()
-        assert (not result["quick"] and len(result["seeds"]) >= 5) or name in STILL_QUICK, name
+        assert not result["quick"] and len(result["seeds"]) >= 5, name
         for deck in catalogue()[name].decks:
             assert f"## {name}\n" in (ROOT / f"benchmarks/lectures/deck-{deck}.md").read_text()
 

@@ -103,8 +103,8 @@ def intrinsic_text(run: Run) -> Findings:
             "models, pairs of sentences, many more steps; their d90 are of another task and no target here. That a "
             "larger model needs fewer dimensions is not asked: it takes two that were pretrained alike, and lower "
             "layers of one are no smaller model. Seeds draw texts, head and directions.",
-            "Whether DID too needs less than a thousandth more steps and a finer grid around it would tell: 40 steps "
-            "leave every subspace short of what it reaches.",
+            "Seeds 0 to 4 could not tell whether DID too needs less than a thousandth; these are others, and judge "
+            "alone. 40 steps leave every subspace short of what it reaches.",
         ],
     )
 

@@ -120,8 +120,8 @@ def lora_ranks(run: Run) -> Findings:
             "the lower layers of MiniLM, until the accuracy on q and v hardly rises. alpha is one for all ranks, as in "
             "the paper. Claims of several ranks are of the worst one. Seeds draw the texts, their orders and the "
             "weights.",
-            "A dozen seeds, or steps until the loss falls no further, would tell whether r = 1 is within 2 points, and "
-            "how one budget is best spent: at this rate r = 1 on four matrices varies most.",
+            "Seeds 0 to 4 could not tell how one budget is best spent; these are others, and judge alone: r = 1 on "
+            "four matrices is worst at this rate. Steps until the loss falls no further would tell whether that stays.",
         ],
     )
 
