@@ -41,6 +41,7 @@ METHODS = {  # ours: the same in other packages, by the name of their registry a
     "llama_adapter": {"peft": "ADAPTION_PROMPT"},
     "loha": {"peft": "LOHA"},
     "lora": {"peft": "LORA", "adapters": "lora", "opendelta": "lora"},
+    "loreft": {"adapters": "loreft"},
     "mam": {"adapters": "mam"},
     "miss": {"peft": "MISS"},
     "norms": {"peft": "LN_TUNING"},
@@ -59,9 +60,11 @@ METHODS = {  # ours: the same in other packages, by the name of their registry a
 }
 KINDS = {
     "full": {"transformers": "bert", "flash_linear_attention": "Attention", "xformers": "LowerTriangularMask"},
+    "linear": {"flash_linear_attention": "LinearAttention"},
     "local": {"transformers": "reformer"},
     "longformer": {"transformers": "longformer", "xformers": "LocalAttentionFromBottomRightMask"},
     "lsh": {"transformers": "reformer"},
+    "nystromformer": {"transformers": "nystromformer"},
     "perceiver": {"transformers": "perceiver"},
 }
 SAME = {  # of one package: another name of the same
