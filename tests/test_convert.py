@@ -868,6 +868,15 @@ def test_what_transformers_lacks_is_refused(family, changes, message, tiny):
         convert.to_transformers(zoo(family, tiny, **changes))
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_a_gemma_without_windows_runs_in_transformers(family, tiny):
+    model = zoo(family, tiny, attention="full", rotary_theta=50.0, task="causal_lm")
+    ids = torch.randint(5, 41, (2, 11))
+    there = convert.to_transformers(model)
+    torch.testing.assert_close(there(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert equal(model, convert.from_transformers(there))
+
+
 def test_attached_adapters_are_refused_until_merged_or_detached(tiny):
     model = zoo("bert", tiny)
     effzoo.attach(model, "lora", name="task_a")

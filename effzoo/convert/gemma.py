@@ -64,12 +64,18 @@ def write_scores(config: Config, *caps: str) -> dict[str, Any]:
     return given | ({"hidden_activation": "gelu_pytorch_tanh"} if config.activation == "gelu_tanh" else {})
 
 
+def write_gemma_windows(config: Config) -> dict[str, Any]:
+    """Theirs makes the mask of a window even where no layer has one, so its own default stays there."""
+    windows = write_windows(config)
+    return {name: value for name, value in windows.items() if value is not None}
+
+
 def read_gemma2(theirs: Any) -> dict[str, Any]:
     return llama.read(theirs) | read_windows(theirs) | biases(theirs) | read_scores(theirs, *CAPS)
 
 
 def write_gemma2(config: Config) -> dict[str, Any]:
-    return llama.write(config) | write_windows(config) | write_biases(config) | write_scores(config, *CAPS)
+    return llama.write(config) | write_gemma_windows(config) | write_biases(config) | write_scores(config, *CAPS)
 
 
 def read_gemma3(theirs: Any) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def read_gemma3(theirs: Any) -> dict[str, Any]:
 
 
 def write_gemma3(config: Config) -> dict[str, Any]:
-    windows = write_windows(config)
+    windows = write_gemma_windows(config)
     turned: dict[str, tuple[Any, Any]] = {}
     said: tuple[Any, ...] = config.rotary_theta, config.rotary_scaling
     for layer, kind in enumerate(windows["layer_types"]):
