@@ -132,6 +132,8 @@ def test_which_backend_takes_a_cap_and_which_does_not():
         effzoo.build("bert", attention="linformer[k=4]", score_cap=1.0, layers=1, dim=8, heads=2, mlp=8, max_length=16)
     with pytest.raises(IncompatibleError, match="one projection for queries and keys"):
         Attention(8, parse_one("lsh[chunk=4]"), Context(heads=2, head_dim=4, max_length=16), score_dim=2.0)
+    with pytest.raises(IncompatibleError, match="'linear' divides q . k by nothing, got score_dim=2"):
+        Attention(8, parse_one("linear"), Context(heads=2, head_dim=4, max_length=16), score_dim=2.0)
 
 
 @pytest.mark.parametrize("attention", ["full", "longformer[window=4, global_projections=false]"])

@@ -33,7 +33,7 @@ from effzoo.sites import KeysValues
 
 ProjectionType = Literal["query", "key", "value", "query and key"]
 QKV: dict[str, ProjectionType] = {"q": "query", "k": "key", "v": "value"}
-DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")
+DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant", "scaled")
 FORMER = ("key_side", "row_side", "copied_from")  # declarations of an earlier contract, with `supports_...`
 RENAMED = {"rows": "forward_at(wanted, ...)", "alone": "attend_memory", "layouts": "tilings", "sight": "window_of"}
 
@@ -234,6 +234,7 @@ class AttentionCore(nn.Module, abc.ABC):
     later_values_matter: the reason why a causal output may change with the values of later tokens, though its gradient
         with respect to them is 0; "" if it never does.
     shift_invariant: whether padding in front of the tokens changes nothing.
+    scaled: whether q . k counts divided by sqrt(d), so that queries times a factor stand for another divisor.
 
     `projections`, `not_causal` and `later_values_matter` may depend on the options: set them in the constructor.
     """
@@ -245,6 +246,7 @@ class AttentionCore(nn.Module, abc.ABC):
     not_causal: str = ""
     later_values_matter: str = ""
     shift_invariant: bool = False
+    scaled: bool = True
 
     def __init__(self, context: Context):
         super().__init__()

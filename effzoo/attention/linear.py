@@ -24,6 +24,7 @@ class Linear(FeatureAttention):
 
     paper = "Katharopoulos et al. 2020, Transformers are RNNs, arXiv:2006.16236, equations 4 to 12"
     cost = "n * d"
+    scaled = False
 
     def log_phi(self, x: Tensor) -> Tensor:
         """log(elu(x) + 1): x below 0, log(1 + x) above (equation 7)."""

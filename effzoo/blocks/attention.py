@@ -200,6 +200,13 @@ class Attention(nn.Module):
                 f"attention {self.core.name!r} has one projection for queries and keys, whose scores are divided by "
                 "the root of the width of a head; use another kind, or score_dim=0"
             )
+        if not self.core.scaled:
+            if score_dim == 1:
+                return 1.0
+            raise IncompatibleError(
+                f"attention {self.core.name!r} divides q . k by nothing, got score_dim={score_dim:g}; use another "
+                "kind, or score_dim=0 or 1"
+            )
         return math.sqrt(context.head_dim / score_dim)
 
     def _check_crosses(self) -> None:
