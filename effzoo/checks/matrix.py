@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
+from effzoo.architectures.encoder_decoder_config import EncoderDecoderConfig
 from effzoo.checks.attention import Subject as Kind
-from effzoo.checks.models import TinyModel, logits, silent, train
+from effzoo.checks.models import LABELS, TinyModel, logits, silent, train
 from effzoo.checks.peft import Subject as Tuned
 from effzoo.checks.peft.subject import copied
 from effzoo.checks.runner import Failed
@@ -159,6 +160,7 @@ def laws(method: Tuned, one: TinyModel) -> None:
     if changed := [name for name, tensor in frozen.items() if not torch.equal(now[name], tensor)]:
         raise Failed(f"{changed[0]} of the frozen base has changed")
     trained = logits(model, batch)
+    earlier_stay(model, batch, trained)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         other = load_adapter(one.model(), folder)
@@ -180,6 +182,21 @@ def laws(method: Tuned, one: TinyModel) -> None:
     detach(model, "default")
     if not torch.equal(logits(model, batch), before) or {*model.state_dict()} != {*frozen}:
         raise Failed("detaching does not restore the model")
+
+
+def earlier_stay(model: torch.nn.Module, batch: dict[str, torch.Tensor], before: torch.Tensor) -> None:
+    """What a decoder writes at a position does not change with the tokens after it, in the first example, which is the
+    longest; a kind whose outputs may change with later values says so."""
+    config = cast(Any, model).config
+    written = "labels" if isinstance(config, EncoderDecoderConfig) else "input_ids" if config.causal else None
+    if written is None or any(core.later_values_matter for core in cast(Any, model).cores()):
+        return
+    at = before.shape[1] // 2
+    changed = batch[written].clone()
+    changed[0, at] = (changed[0, at] + 1) % LABELS
+    moved = (logits(model, {**batch, written: changed}) - before)[0, :at].abs().max()
+    if moved > 1e-10:
+        raise Failed(f"outputs before the token {at} change by {float(moved):.2g} with it")
 
 
 def aggregated(model: torch.nn.Module, batch: dict[str, torch.Tensor], trained: torch.Tensor) -> None:
