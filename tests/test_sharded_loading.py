@@ -112,6 +112,16 @@ def test_every_layout_is_read_in_parts(name, tmp_path, alone):
     assert sharded_program.flags(found) == sharded_program.flags(wanted) and found.training == wanted.training
 
 
+def test_experts_that_files_name_otherwise_are_split_once_effzoo_has_saved_them(tmp_path, alone):
+    saved(made("MixtralModel"), tmp_path / "theirs")
+    with pytest.raises(ConversionError, match="of a Mixtral or Qwen3-MoE, .* with effzoo.save"):
+        effzoo.load(tmp_path / "theirs", shard="full")
+    wanted = effzoo.load(tmp_path / "theirs")
+    effzoo.save(wanted, tmp_path / "ours")
+    found = effzoo.load(tmp_path / "ours", shard="full")
+    assert sharded_program.largest(sharded_program.everything(found), wanted.state_dict()) == 0
+
+
 def test_what_is_read_one_by_one_is_whole_for_a_moment(alone):
     """A shape needs no exchange, and nothing can be written."""
     model = effzoo.sharding.shard(sharded_program.build("encoder"))

@@ -73,7 +73,8 @@ def fill(
         if not stored:
             raise ConversionError(
                 f"{label} has no safetensors files that hold every tensor under its name, so each process would load "
-                "all of it first; save it once more with save_pretrained, or leave shard out"
+                "all of it first; save it once more with save_pretrained (of a Mixtral or Qwen3-MoE, whose files name "
+                "experts otherwise, with effzoo.save), or leave shard out"
             )
         for ours in taken.values():
             for name, _ in ours:
