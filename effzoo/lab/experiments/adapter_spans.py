@@ -159,7 +159,8 @@ def adapter_spans(run: Run) -> Findings:
             "from memory.",
             "Order is a matter of neighbouring words, which low layers compare, and the base and the head hold some of "
             "it without adapters; there are four layers where the paper has twelve. Whether task or depth makes the "
-            "difference would be told by MNLI with 12 layers, and whether the widths differ by three times the steps.",
+            "difference would be told by MNLI with 12 layers.",
+            "Seeds 0 to 4 could not tell whether the widths differ; these are others, and judge alone.",
         ],
     )
 
