@@ -85,7 +85,7 @@ class Nystromformer(AttentionCore):
         """The means over segments of n positions as a matrix [batch or 1, 1, m, n] with the dtype of `like`, and which
         segments have a token, bool[batch or 1, 1, 1, m]."""
         assert self.landmarks is not None
-        m, valid = self.landmarks, None if self.hf else mask.valid
+        m, valid = min(self.landmarks, n), None if self.hf else mask.valid
 
         def make() -> tuple[Tensor, Tensor]:
             tokens = torch.ones(1, n, dtype=torch.bool, device=like.device) if valid is None else valid
