@@ -100,7 +100,7 @@ class Nystromformer(AttentionCore):
             means = inside.to(like.dtype) / inside.sum(dim=-1, keepdim=True).clamp(min=1)
             return means[:, None], (number < used)[:, None, None]
 
-        return make() if valid is None else mask.memo(("landmarks", m, like.dtype), make)
+        return make() if valid is None else mask.memo(("landmarks", self.landmarks, like.dtype), make)
 
     def inverse(self, A: Tensor) -> Tensor:
         """Z of A [..., m, m], whose rows sum to 1 or are 0."""
