@@ -115,6 +115,6 @@ class Ahead:
 def _copy(cache: Cache) -> Cache:
     """A cache that goes on from the same states, which nobody changes."""
     copied = Cache()
-    copied.length, copied.prompt_tokens = cache.length, cache.prompt_tokens
+    copied.length, copied.prompt_tokens, copied.ids = cache.length, cache.prompt_tokens, cache.ids
     copied.states = {layer: dict(state) for layer, state in cache.states.items()}
     return copied

@@ -128,7 +128,7 @@ OTHERS = {
     "layers_to_transform": [0], "exclude_modules": ["q_proj", "query", "key", "LayerNorm"],
     "trainable_token_indices": [3], "token_indices": [3, 10],
     "bias": "all", "feedforward_modules": ["dense"], "init_lora_weights": "pissa", "peft_type": "POLY",
-    "layers_pattern": "layers",
+    "layers_pattern": "layers", "alora_invocation_tokens": [3],
 }  # fmt: skip
 
 

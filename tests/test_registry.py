@@ -14,7 +14,7 @@ from effzoo.errors import OptionError, UnknownNameError
 
 def test_options_are_the_keyword_only_parameters():
     options = {option.name: option for option in effzoo.peft.options("lora")}
-    assert list(options) == ["rank", "alpha", "rslora", "dropout", "init", "tied", "targets", "layers"]
+    assert list(options) == ["rank", "alpha", "rslora", "dropout", "init", "tied", "invocation", "targets", "layers"]
     assert options["rank"].default == 8 and not options["rank"].required
 
 

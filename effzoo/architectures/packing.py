@@ -128,6 +128,7 @@ class _Group:
             position_ids=None if mask.position_ids is None else self.split(mask.position_ids.expand(batch, -1)),
             tasks=None if mask.tasks is None else mask.tasks[self.row],
             start=None if mask.start is None else self.split(mask.start),
+            ids=None if mask.ids is None else self.split(mask.ids),
             documents=None,
             _memo={},
         )

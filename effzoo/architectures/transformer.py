@@ -238,8 +238,7 @@ class Transformer(Recomputing, Model):
             x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
         positions = positions if cache is None else self._turned_alike(cache, positions)
         mask = self.mask_of(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
-        if like is not None:
-            mask = dataclasses.replace(mask, documents=like)
+        mask = dataclasses.replace(mask, ids=_text(input_ids, prompt_length, cache), documents=like)
         if self.source is not None:
             mask = dataclasses.replace(mask, source=self.source)
         if self.relative is not None:
@@ -259,6 +258,7 @@ class Transformer(Recomputing, Model):
             x = self.run(x, mask, cache, wanted, seen)
         if cache is not None:
             cache.length, cache.prompt_tokens = start + x.shape[1], in_front
+            cache.ids = cache.ids if mask.ids is None else mask.ids
         with calling(outside):
             if self.final_norm is not None:
                 x = self.final_norm(x)
@@ -514,6 +514,17 @@ class Transformer(Recomputing, Model):
         again = self.config.residual == "reversible" or self.recompute == "blocks"
         decisions: dict[Any, Any] | None = {} if again and torch.is_grad_enabled() else None
         return Mask(valid, is_global, positions, tasks, x, decisions, most_globals=most)
+
+
+def _text(ids: Tensor | None, prompt_length: int, cache: Cache | None) -> Tensor | None:
+    """The tokens of the cache and of this call, -1 where there is none; None where the call has embeddings."""
+    if ids is None:
+        return None
+    ids = nn.functional.pad(ids, (prompt_length, 0), value=-1)
+    if cache is None or cache.length == 0:
+        return ids
+    before = ids[:, :0] if cache.ids is None else cache.ids
+    return torch.cat([nn.functional.pad(before, (0, cache.length - before.shape[1]), value=-1), ids], dim=1)
 
 
 def balanced(output: Output, losses: Sequence[Tensor]) -> Output:

@@ -73,6 +73,8 @@ class Mask:
     position_ids int[batch or 1, n]: for rotary positions.
     tasks int[batch]: the task of each example, for routers by task.
     start [batch, n, dim]: the embeddings, for routers that read them.
+    ids int[batch, n]: the tokens, -1 where there is none (prompt tokens); of the past and the new positions together in
+        decoding; None where the input is embeddings.
     decisions: choices that stay the same when a block is computed again (see `decide`); None stores none.
     source: what cross-attention reads in the decoder of an encoder-decoder; None elsewhere.
     scores [heads, 2 s - 1]: what is added to the scores of a key j and a query i of s positions, at j - i + s - 1
@@ -96,6 +98,7 @@ class Mask:
     documents: Any = field(default=None, repr=False, kw_only=True)
     over_ranks: Callable[..., Tensor] | None = field(default=None, repr=False, kw_only=True)
     tokens: TokensOverRanks | None = field(default=None, repr=False, kw_only=True)
+    ids: Tensor | None = field(default=None, repr=False, kw_only=True)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -169,11 +172,13 @@ class Cache:
         self.states: dict[int, State] = {}  # by layer
         self.beyond: Tensor | None = None  # whether keys are turned as those of a long text are (longrope)
         self.sources: dict[int, State] = {}  # keys and values of cross-attention, by layer
+        self.ids: Tensor | None = None  # the tokens so far, as in `Mask`
 
     def reorder(self, index: Tensor) -> None:
         """Take these rows of the batch (beam search; an index may repeat)."""
         for state in (*self.states.values(), *self.sources.values()):
             state.update({name: tensor.index_select(0, index) for name, tensor in state.items()})
+        self.ids = None if self.ids is None else self.ids.index_select(0, index)
 
 
 @dataclass(eq=False)

@@ -106,7 +106,7 @@ class HookContext:
         mask = self._mask
         if mask is None or self.rows is None:
             return mask
-        names = ("valid", "is_global", "position_ids", "tasks", "start")
+        names = ("valid", "is_global", "position_ids", "tasks", "start", "ids")
         of_rows = {name: self._part(getattr(mask, name)) for name in names}
         decisions = None if mask.decisions is None else mask.decisions.setdefault(("rows", tuple(self.rows)), {})
         return dataclasses.replace(mask, **of_rows, decisions=decisions, _memo={})

@@ -6,6 +6,7 @@ adapters); `effzoo.load_adapter(model, folder)` reads what peft has saved. Both 
 
     ours                                     theirs
     lora (rslora, ranks by role), dora       LORA; pissa and olora as a LoRA of twice the rank
+    lora with an invocation                  LORA with alora_invocation_tokens
     ia3                                      IA3
     krona                                    LOKR with full factors
     adalora                                  ADALORA, its pruned triplets as rank_pattern

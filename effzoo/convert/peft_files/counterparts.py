@@ -70,7 +70,7 @@ COUNTERPARTS = (
             "use_rslora": bool, "use_dora": bool, "lora_dropout": Probability, "fan_in_fan_out": bool,
             "bias": Literal["none", "all", "lora_only"],
             "trainable_token_indices": Sequence[int] | Mapping[str, Sequence[int]], "ensure_weight_tying": bool,
-            "init_lora_weights": bool | str,
+            "init_lora_weights": bool | str, "alora_invocation_tokens": Sequence[Whole],
             "megatron_core": Any, "qalora_group_size": Any, "eva_config": Any, "loftq_config": Any,
         },
         low_rank.write,

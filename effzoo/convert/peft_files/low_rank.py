@@ -35,17 +35,20 @@ from effzoo.convert.peft_files.twin import (
     tidy,
     whole,
 )  # fmt: skip
-from effzoo.errors import AdapterError
+from effzoo.errors import AdapterError, listing
 from effzoo.peft import Method
 from effzoo.peft.parameter.dora import DecomposedWeight, DoRA
 from effzoo.peft.parameter.lora import LowRank
+from effzoo.peft.parameter.lora_activated import ActivatedLowRank
 from effzoo.peft.parameter.lora_everywhere import LoRAEverywhere
 from effzoo.peft.parameter.lora_starts import FromBase
 from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable
 from effzoo.sites import Embedding, TiedLinear
 
 LowRanks = LowRank | LowRankEmbedding | LowRankTable | DecomposedWeight
-CLASSES = (LowRank, FromBase, LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable, DecomposedWeight)
+CLASSES = (
+    LowRank, ActivatedLowRank, FromBase, LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable, DecomposedWeight,
+)  # fmt: skip
 # relative, between the norms of this base and those of the base that the file was written from
 MAGNITUDE_TOLERANCE = 1e-5
 
@@ -66,6 +69,12 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         raise AdapterError(
             f"peft has one lora_dropout for a whole adapter, this one has {sorted(dropouts)}; attach "
             "it with one dropout"
+        )
+    invocations = {module.invocation if isinstance(module, ActivatedLowRank) else () for module in modules.values()}
+    if len(invocations) > 1:
+        raise AdapterError(
+            f"peft has one alora_invocation_tokens for a whole adapter, this one has {listing(sorted(invocations))}; "
+            "save them as several adapters"
         )
     rslora = all(isinstance(method, LoRAEverywhere | DoRA) and method.rslora for method in methods)
     out, ranks, alphas = Written(), {}, {}
@@ -97,6 +106,8 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets), "bias": "none",
         "target_modules": out.targets, "init_lora_weights": True, "ensure_weight_tying": bool(tied),
     }  # fmt: skip
+    if invocation := invocations.pop():
+        out.config["alora_invocation_tokens"] = list(invocation)
     return out
 
 
@@ -153,6 +164,10 @@ def read(
 ) -> dict[str, Wanted]:
     """What each of our sites shall hold; `tensors` are the low-rank ones, by key without prefix."""
     wanted: dict[str, Wanted] = {}
+    if config.get("alora_invocation_tokens") and config.get("use_dora"):
+        raise AdapterError(
+            "the config has both alora_invocation_tokens and use_dora; effzoo has invocations for lora alone"
+        )
     # tables first: a tied head's factors may be theirs
     left = dict(sorted(tensors.items(), key=lambda item: ".lora_embedding_" not in item[0]))
     while left:
@@ -163,6 +178,11 @@ def read(
                 f"with {next(iter(twin.rules))!r}"
             )
         rule = twin.rules[theirs]
+        if config.get("alora_invocation_tokens") and twin.sites[rule.ours[0]].layer is None:
+            raise AdapterError(
+                f"{theirs} is outside the blocks, and the config has alora_invocation_tokens; effzoo has invocations "
+                "for linear layers of the blocks alone"
+            )
         if isinstance(twin.sites[rule.ours[0]], Embedding):
             wanted |= _read_embedding(twin, config, theirs, left)
         else:
@@ -185,6 +205,8 @@ def _options(config: Config, theirs: str, rank: int, given: int) -> dict[str, ob
     rslora = bool(config.get("use_rslora", False))
     own = tidy(alpha * (math.sqrt(rank / given) if rslora else rank / given))
     options: dict[str, object] = {"rank": rank, "alpha": own, "rslora": rslora}
+    if invocation := config.get("alora_invocation_tokens"):
+        options["invocation"] = tuple(invocation)
     return options if config.get("use_dora") else options | {"dropout": float(config.get("lora_dropout", 0.0))}
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from effzoo.annotations import Count, Positive, Probability
-from effzoo.errors import OptionError, TargetError, listing
+from effzoo.annotations import Count, Positive, Probability, Whole
+from effzoo.errors import IncompatiblePeft, OptionError, TargetError, listing
 from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter.lora import LoRA, LowRank
+from effzoo.peft.parameter.lora_activated import ActivatedLowRank
 from effzoo.peft.parameter.lora_conv import LowRankConv
 from effzoo.peft.parameter.lora_starts import (
     FromBase,
@@ -81,6 +82,12 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         of the gradient of W, from labelled data (Wang et al. 2024, arXiv:2407.05000).
     tied: whether a change of the token embedding also reaches a language-model head that is tied to it; without, it
         acts on lookups alone and cannot be merged.
+    invocation: tokens, `invocation=(5, 6, 9)`, from the first of which on the change acts, while keys and values of
+        what stands before are the base's, to the bit (activated LoRA, Greenewald et al. 2025, arXiv:2504.12397,
+        section 3, which targets attn.q, attn.k and attn.v). Of several in a row the last counts, as in peft, so
+        tokens before it depend on whether it comes: train on labels behind it. A row without one is computed by the
+        base. In decoders, on linear layers of the blocks, never merged. A cache stays as it was computed: give a call
+        the whole invocation.
 
     The base stays bit-identical under every init (`lora_starts.FromBase` says how). Embeddings and convolutions take
     part when they are targets; for biases use a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
@@ -101,6 +108,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         dropout: Probability = 0.0,
         init: Start = "default",
         tied: bool = True,
+        invocation: Whole | Sequence[Whole] | None = None,
         targets: Targets = None,
         layers: Layers = None,
     ):
@@ -111,6 +119,14 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.dropout, self.start, self.tied = dropout, init, tied
         self.identity_at_init = init != "loftq"
+        self.invocation = (invocation,) if isinstance(invocation, int) else tuple(invocation or ())
+        if invocation is not None and not self.invocation:
+            raise OptionError(f"{self.name}: invocation is empty; give at least one token, or leave it out")
+        if self.invocation and init not in ("default", "gaussian"):
+            raise OptionError(
+                f"{self.name}: init={init!r} starts from all tokens or moves part of the base into the change, and an "
+                "invocation leaves the base as it is before it; use 'default' or 'gaussian'"
+            )
 
     def hooks_in_use(self) -> set[str]:
         return super().hooks_in_use() if self.start in FROM_DATA else set()
@@ -124,11 +140,29 @@ class LoRAEverywhere(TrainingHooks, LoRA):
                     f"{self.name}: {option} for {unused[0]!r} matches none of its targets; they have the roles "
                     f"{listing(sorted(roles))}"
                 )
+        if self.invocation:
+            self._check_invocation(model)
         self.has_tied_head = any(isinstance(site, TiedLinear) for _, site in sites(model))
+
+    def _check_invocation(self, model: nn.Module) -> None:
+        config: Any = getattr(model, "config", None)
+        if not getattr(config, "causal", False) or getattr(config, "is_encoder_decoder", False):
+            reason = "what stands before the invocation would see what follows it, or is another text"
+            what = "a model that is no decoder of its own"
+            raise IncompatiblePeft(f"{self.name}[invocation=...]", what, reason, "use a causal model such as gpt2")
+        if max(self.invocation) >= config.vocab:
+            raise OptionError(
+                f"{self.name}: tokens of the invocation are in [0, {config.vocab}), got {max(self.invocation)}"
+            )
 
     def make(self, site: Site) -> PeftModule:
         rank = by_role(self.name, "rank", self.rank, site.role)
         scale = scaling(self.name, rank, self.alpha, self.rslora, site.role)
+        if self.invocation and not (isinstance(site, Linear) and site.layer is not None):
+            raise OptionError(
+                f"{self.name}: an invocation is for linear layers of the blocks, and {site.role!r} is none; leave it "
+                "out of targets"
+            )
         if isinstance(site, Linear):
             return self._linear(site, rank, scale)
         if self.start not in ("default", "gaussian"):
@@ -161,6 +195,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         if self.start in ("corda", "corda_kpm", "lora_ga"):  # as plain LoRA until `calibrate`
             plain = LowRank(site.in_features, site.out_features, rank, scale)
             return FromBase(plain.A.detach(), plain.B.detach(), scale, self.dropout)
+        if self.invocation:
+            inside = site.in_features, site.out_features
+            return self._started(ActivatedLowRank(*inside, rank, scale, self.dropout, self.invocation), rank)
         cls = LowRankHead if site.role == "lm.out" else LowRank
         return self._started(cls(site.in_features, site.out_features, rank, scale, self.dropout), rank)
 
