@@ -57,6 +57,7 @@ def phi(z):
 
 def test_the_registry_knows_the_routers():
     assert routing.names() == [
+        "arrow",
         "base",
         "expert_choice",
         "fixed",

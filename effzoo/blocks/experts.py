@@ -51,6 +51,11 @@ class Experts(nn.Module):
                 "chosen for tokens; use 'switch' or "
                 f"'top_k', or route adapters by task (peft=\"routed[router='{self.router.name}', ...]\")"
             )
+        if self.router.of_factors:
+            raise IncompatibleError(
+                f"router {self.router.name!r} reads A and B of LoRA experts, and these are feed-forwards; use 'switch' "
+                f"or 'top_k', or route adapters (peft=\"routed[router='{self.router.name}']\")"
+            )
         if causal and not self.router.alone:
             raise IncompatibleError(
                 f"router {self.router.name!r} chooses among all tokens, later ones as well, so a causal model would "

@@ -7,7 +7,7 @@ shows how experts are used.
 
 from effzoo.annotations import check_arguments
 from effzoo.registry import router as _view
-from effzoo.routing import balanced, by_task, mixtures, top_k
+from effzoo.routing import arrow, balanced, by_task, mixtures, top_k
 from effzoo.routing.assignment import assign
 from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_loss
 from effzoo.routing.router import Router, Routing, Scores, TokensOverRanks, over_ranks
@@ -17,9 +17,9 @@ names, get, options, register, create = _view.names, _view.get, _view.options, _
 aliases = _view.aliases
 
 __all__ = [
-    "Router", "Routing", "Scores", "TokensOverRanks", "Usage", "Watch", "aliases", "assign", "balanced", "by_task",
-    "create", "get", "importance_loss", "load_loss", "mixtures", "names", "options", "over_ranks", "register",
-    "switch_loss", "top_k", "usage", "watch", "z_loss",
+    "Router", "Routing", "Scores", "TokensOverRanks", "Usage", "Watch", "aliases", "arrow", "assign", "balanced",
+    "by_task", "create", "get", "importance_loss", "load_loss", "mixtures", "names", "options", "over_ranks",
+    "register", "switch_loss", "top_k", "usage", "watch", "z_loss",
 ]  # fmt: skip
 
 check_arguments(globals())

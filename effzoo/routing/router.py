@@ -134,6 +134,7 @@ class Router(nn.Module, abc.ABC):
     straight_through: whether weights that are 0 have a gradient, so that every expert must compute every token in
         training.
     weighted: whether a loss is added in training.
+    of_factors: whether `forward` is also given A and B of each expert, which are LoRA.
     """
 
     name: ClassVar[str]
@@ -141,6 +142,7 @@ class Router(nn.Module, abc.ABC):
     reads: ClassVar[str] = "tokens"
     dense: bool = False
     alone: ClassVar[bool] = True
+    of_factors: ClassVar[bool] = False
     straight_through: bool = False
     weighted: bool = False
 

@@ -14,6 +14,7 @@ from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, Optio
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.method import Layers, Modules, predicts_next
 from effzoo.peft.modular.mixture import ExpertMixture, MixtureMethod
+from effzoo.peft.parameter.lora import LowRank
 from effzoo.registry import peft
 from effzoo.registry import router as routers
 from effzoo.routing import Router, Routing
@@ -108,10 +109,14 @@ class Routed(ExpertMixture):
             return self._routed(_mean(start.detach(), mask.valid)).weights
 
     def _routed(self, x: Tensor) -> Routing:
-        routing: Routing = self.router(x)
+        routing: Routing = self.router(x, self.factors()) if self.router.of_factors else self.router(x)
         if (loss := routing.alone) is not None and torch.is_grad_enabled():
             self.pending.loss = loss / self.places
         return routing
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each expert, which are LoRA."""
+        return [(module.A, module.B) for (module,) in self.expert_modules() if isinstance(module, LowRank)]
 
     def memories(self, context: HookContext) -> list[Memory]:
         of_experts = [
@@ -179,7 +184,7 @@ class RoutedMethod(MixtureMethod):
         each.
     experts: how many, for one spec.
     router: a router with its options (`effzoo.routing.names()`): 'soft', 'top_k[k=1]', 'switch[capacity=1]', 'gumbel',
-        'base', 'expert_choice', 'uniform'; 'fixed' and 'skills' read `model(..., task_ids=)`.
+        'base', 'expert_choice', 'uniform', 'arrow' of LoRA experts; 'fixed' and 'skills' read `model(..., task_ids=)`.
     level: "token", or "example", the mean over its tokens; memories (prefixes) are always routed by example.
     scope: "site", a router at every site, or "model", one that reads the mean of the embeddings.
     frozen: train the router alone.
@@ -216,7 +221,11 @@ class RoutedMethod(MixtureMethod):
         probe: Router = routers.create(router, 1, len(self.of))
         self.router, self.level, self.scope = router, level, scope
         self.reads, self.alone = probe.reads, probe.alone
-        self.weighted = probe.weighted
+        self.weighted, self.of_factors = probe.weighted, probe.of_factors
+        if self.of_factors and scope == "model":
+            raise OptionError(
+                f"{self.name}: router {router!r} reads the experts of a site; give scope='site', which is the default"
+            )
 
     def hooks_in_use(self) -> set[str]:
         return super().hooks_in_use() | ({"penalty"} if self.weighted else set())
@@ -267,6 +276,12 @@ class RoutedMethod(MixtureMethod):
             reason = "outside the blocks of this model nothing says which positions belong to the example"
             advice = "give the experts targets inside the blocks, or route by token"
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, advice)
+        if self.of_factors and any([type(module) for module in expert.values()] != [LowRank] for expert in experts):
+            raise IncompatiblePeft(
+                f"{self.name}[router={self.router}]", f"experts at {site.role!r}",
+                "it reads A and B of one LoRA of each expert at each site",
+                "give all experts as lora with one list of targets, linear layers of the blocks, and init=default",
+            )  # fmt: skip
         router = routers.create(self.router, self._width(site), len(self.of)) if self.one is None else self.one
         return Routed(experts, router, self.level, self.one is not None, self.count, self.frozen)
 
