@@ -16,6 +16,7 @@ from torch import Tensor
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import IncompatibleError, InputError
+from effzoo.sites import sites
 from effzoo.sites.dtypes import decoding
 
 FAR = 16  # tokens that are computed again at most, before the cache is brought up to them
@@ -52,6 +53,12 @@ class Ahead:
             raise IncompatibleError(
                 f"prompt lookup computes drafted tokens with the text, and attention {unfit.name!r} lets them change "
                 f"it: {unfit.later_values_matter}; leave it out"
+            )
+        hung = (part for _, site in sites(model) for module in site.hung() for part in module.modules())
+        if why := next((why for part in hung if (why := getattr(part, "later_tokens_matter", ""))), None):
+            raise IncompatibleError(
+                f"prompt lookup computes drafted tokens with the text, and an active adapter lets them change it: "
+                f"{why}; leave it out"
             )
         if model.config.angles_change_at is not None:
             raise IncompatibleError(

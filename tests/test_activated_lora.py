@@ -11,7 +11,7 @@ import transformers
 import effzoo
 from effzoo import convert
 from effzoo.attention import Cache
-from effzoo.errors import AdapterError, EffzooError, IncompatiblePeft, InputError, OptionError
+from effzoo.errors import AdapterError, EffzooError, IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.peft.parameter.lora_activated import ActivatedLowRank, invoked
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -178,6 +178,11 @@ def test_what_has_no_meaning_is_refused(tmp_path):
     model = ours()
     with pytest.raises(AdapterError, match=r"acts from the invocation on, W \+ s B A there and W before it"):
         effzoo.merge(model)
+    with pytest.raises(IncompatibleError, match="an active adapter lets them change it"):
+        effzoo.generate(model, ROWS[:1], max_new_tokens=3, prompt_lookup_num_tokens=3)
+    with pytest.raises(IncompatiblePeft, match="they are given some tokens, not the text"):
+        sizes = {"layers": 1, "dim": 8, "heads": 2, "mlp": 8, "vocab": 23}
+        effzoo.attach(effzoo.build("gpt2", **sizes, experts=2), "lora[invocation=3, targets=mlp.up]")
     with pytest.raises(InputError, match="give input_ids"):
         model(inputs_embeds=torch.randn(2, 5, 12, dtype=torch.float64))
     for spec, message in {

@@ -30,6 +30,8 @@ class ActivatedLowRank(LowRank):
 
     not_mergeable = "acts from the invocation on, W + s B A there and W before it, and one weight acts on all tokens"
 
+    later_tokens_matter = "what it changes goes from the last invocation on, which may be in later tokens"
+
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float, invocation: tuple[int, ...]):
         super().__init__(inputs, outputs, rank, scale, dropout)
         self.invocation = invocation
@@ -44,16 +46,17 @@ class ActivatedLowRank(LowRank):
             raise IncompatibleError(
                 "an invocation is looked for in whole rows, of which this rank has a slice; use one rank"
             )
-        if mask is None or mask.ids is None:
+        if mask is None or mask.ids is None or mask.start is None:
             raise InputError("an adapter with an invocation looks for it in the tokens; give input_ids")
         active: Tensor = mask.memo(("invoked", self.invocation), lambda: invoked(mask.ids, mask.valid, self.invocation))
-        now = active[:, -x.shape[-2] :]
-        if x.shape[:-1] != now.shape:
+        tokens = mask.start.shape[:-1]  # of this call
+        if x.shape[:-1] != tokens:
             raise IncompatibleError(
-                f"an adapter with an invocation reads states of {tuple(now.shape)} tokens, and its site has an input "
-                f"{tuple(x.shape)}; choose targets that are given every token, such as attn.*"
+                f"an adapter with an invocation needs the states of {tuple(tokens)} tokens, and its site has an input "
+                f"{tuple(x.shape)}; choose targets that are given the text alone: attn.q, or all of "
+                "attn.* where no prompt of the layer is projected with it"
             )
-        return now
+        return active[:, -tokens[1] :]
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> None:
         return None

@@ -141,15 +141,20 @@ class LoRAEverywhere(TrainingHooks, LoRA):
                     f"{listing(sorted(roles))}"
                 )
         if self.invocation:
-            self._check_invocation(model)
+            self._check_invocation(model, found)
         self.has_tied_head = any(isinstance(site, TiedLinear) for _, site in sites(model))
 
-    def _check_invocation(self, model: nn.Module) -> None:
+    def _check_invocation(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         config: Any = getattr(model, "config", None)
         if not getattr(config, "causal", False) or getattr(config, "is_encoder_decoder", False):
             reason = "what stands before the invocation would see what follows it, or is another text"
             what = "a model that is no decoder of its own"
             raise IncompatiblePeft(f"{self.name}[invocation=...]", what, reason, "use a causal model such as gpt2")
+        if routed := [site.role for path, site in found.items() if ".experts." in path]:
+            raise IncompatiblePeft(
+                f"{self.name}[invocation=...]", f"experts at {routed[0]!r}", "they are given some tokens, not the text",
+                "use targets of the attention, attn.*",
+            )  # fmt: skip
         if max(self.invocation) >= config.vocab:
             raise OptionError(
                 f"{self.name}: tokens of the invocation are in [0, {config.vocab}), got {max(self.invocation)}"
