@@ -176,14 +176,11 @@ class PeftModule(nn.Module):
     """A module that hangs on a site; each hook does nothing unless it is overridden.
 
     delta_rank: the largest rank of the change of the site's weight; None: no bound.
-    later_tokens_matter: why, in words, what it does at a token depends on later ones of a causal model; "" if it does
-        not.
 
     `effzoo/sites/extras.py` has what few modules need: smaller files, growing sites, heads of another size.
     """
 
     delta_rank: int | None = None
-    later_tokens_matter: str = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
