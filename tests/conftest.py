@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +27,15 @@ TINY = {
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[None]:
+    """What is checked or graded runs in forks of one process, and does not wait for torch to be imported each time."""
+    from effzoo.checks.server import ready  # not every file of tests needs it
+
+    with ready():
+        yield
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from effzoo.course.task import Call, Draw, Function, difference
 from effzoo.course.values import pack, unpack
 from effzoo.errors import OptionError, UnknownNameError
 
+pytestmark = pytest.mark.usefixtures("forks")
+
 ROOT = Path(__file__).parent.parent
 
 

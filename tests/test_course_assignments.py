@@ -8,6 +8,8 @@ from effzoo import course
 from effzoo.course import assignments, find, grade
 from effzoo.course.solutions import mutants, solution
 
+pytestmark = pytest.mark.usefixtures("forks")
+
 NAMES = list(assignments())
 MUTANTS = [(name, one.name) for name in NAMES for one in mutants(name)]
 

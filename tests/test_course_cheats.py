@@ -10,6 +10,8 @@ from effzoo.course.grading import PUBLIC, seed_of
 from effzoo.course.refusals import refused
 from effzoo.course.solutions import solution
 
+pytestmark = pytest.mark.usefixtures("forks")
+
 RIGHT = solution("a03")
 IN_FORWARD = "        batch, _, n, d = q.shape\n"
 SECONDS = 12.0

@@ -33,6 +33,7 @@ from effzoo.checks.models import LENGTHS, SIZES
 from effzoo.checks.peft.against import CASES, trained_tensors
 from effzoo.checks.peft.subject import modules
 from effzoo.checks.runner import Check, Failed, Report, Result, close, label_of, see_of
+from effzoo.checks.server import end_group, server
 from effzoo.checks.subject import Subject
 from effzoo.errors import OptionError, listing
 from effzoo.peft import attach
@@ -281,7 +282,7 @@ class Ended:
 def process(module: str, asked: dict[str, Any], inputs: dict[str, Tensor], limits: Limits) -> Iterator[Ended]:
     """Run `python -m module FOLDER` to its end, with what is asked and the inputs in that folder and nothing else."""
     with tempfile.TemporaryDirectory() as folder:
-        place, problem = Path(folder), ""
+        place = Path(folder)
         (place / ASKED).write_text(json.dumps({**asked, "gigabytes": limits.gigabytes, "seconds": limits.seconds}))
         safetensors.torch.save_file(inputs, place / INPUTS)
         paths = [str(Path(effzoo.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -289,27 +290,29 @@ def process(module: str, asked: dict[str, Any], inputs: dict[str, Tensor], limit
             "PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         }  # fmt: skip
-        with (place / "said.txt").open("wb") as said:
-            started = subprocess.Popen(
-                [sys.executable, "-m", module, folder],
-                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
-            )  # fmt: skip
-            try:
-                started.wait(limits.seconds)
-            except subprocess.TimeoutExpired:
-                problem = f"it was stopped after {limits.seconds:g} seconds"
-            finally:
-                _end(started)
-        yield Ended(place, started.returncode, problem)
+        started = server()
+        if started is not None:
+            code = started.run(module, folder, environment, limits.seconds)
+        else:
+            code = _run(module, folder, environment, limits.seconds)
+        stopped = f"it was stopped after {limits.seconds:g} seconds" if code is None else ""
+        yield Ended(place, -signal.SIGKILL if code is None else code, stopped)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.wait()
+def _run(module: str, folder: str, environment: dict[str, str], seconds: float) -> int | None:
+    """The exit code of `python -m module FOLDER`; None where it was stopped."""
+    with (Path(folder) / "said.txt").open("wb") as said:
+        started = subprocess.Popen(
+            [sys.executable, "-m", module, folder],
+            cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+        )  # fmt: skip
+        try:
+            return started.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            end_group(started.pid, started.returncode is None)
+            started.wait()
 
 
 def _answer(place: Path, code: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from effzoo.arguments import number, whole
 from effzoo.checks import Report, Result
 from effzoo.checks.against import Reference, read
 from effzoo.checks.apart import Limits, check_apart
+from effzoo.checks.server import ready
+from effzoo.cli import terminal
 from effzoo.cli.terminal import app, heading, pairs, say
 from effzoo.errors import OptionError, UnknownNameError, listing
 from effzoo.registry import View, attention, load_file, peft, scope
@@ -91,7 +94,7 @@ def check(
     whole("--seed", seed, least=0, most=2**31)
     for name, value in (("--seconds", seconds), ("--gigabytes", gigabytes)):
         number(name, value, "a number above 0, at most 1,000,000", lambda x: 0 < x <= 1e6)
-    with scope():
+    with in_forks() if apart else nullcontext(), scope():
         reference = None if against is None else read(against, seed=seed)
         if apart:
             limits = Limits(seconds, gigabytes)
@@ -124,6 +127,11 @@ def check(
         raise typer.Exit(1)
     if only is None and not all(report.verified for report in reports):
         raise typer.Exit(UNVERIFIED)
+
+
+def in_forks() -> AbstractContextManager[None]:
+    """Run files in forks of this process, where it is the command's alone: no file waits for torch to be imported."""
+    return ready(fork=True) if terminal.first else nullcontext()
 
 
 def _here(

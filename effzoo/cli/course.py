@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effzoo.arguments import whole
+from effzoo.cli.check import in_forks
 from effzoo.cli.terminal import app, heading, pairs, say, table
 from effzoo.course import Assignment, Grade, assignments, find, formats, grade, hints
 from effzoo.course.handing_out import start as hand_out
@@ -86,7 +87,8 @@ def check(
     Example:  effzoo course check a03 a03/a03.py --hint
     """
     whole("--seed", seed, least=0, most=2**31)
-    done = _graded(find(name), file, seed, task)
+    with in_forks():
+        done = _graded(find(name), file, seed, task)
     _show(done)
     if hint and done.first is not None and not done.refused:
         _hint(done)
@@ -113,8 +115,9 @@ def grade_(
     """
     if format_ not in FORMATS:
         raise UnknownNameError("format", format_, FORMATS)
-    kept = Hidden(0) if hidden is None else read_hidden(hidden)
-    done = _graded(find(name), file, kept.seed, None)
+    with in_forks():  # of what does not know the hidden numbers
+        kept = Hidden(0) if hidden is None else read_hidden(hidden)
+        done = _graded(find(name), file, kept.seed, None)
     if format_ == "text" and output is None:
         _show(done)
         _total(done)
@@ -179,7 +182,9 @@ def verify_(folder: Annotated[Path, typer.Argument(help="A kit.")]) -> None:
         )
         say(line, *([Text(f"    {one.wrong}", style="red")] if one.wrong else []))
 
-    if not verify(folder, tell):
+    with in_forks():
+        right = verify(folder, tell)
+    if not right:
         raise typer.Exit(1)
 
 

@@ -19,7 +19,7 @@ from effzoo.checks.models import LENGTHS, SIZES
 from effzoo.checks.peft.against import CASES, trained_tensors
 from effzoo.checks.peft.subject import modules
 from effzoo.checks.subject import Subject
-from effzoo.course.task import Call, Draw, Task, difference
+from effzoo.course.task import Call, Draw, Slips, Task, difference
 from effzoo.peft import attach
 from effzoo.spec import Spec
 
@@ -88,10 +88,10 @@ class Layer(Task):
         mask = Mask(valid)
         given: dict[str, Any] = {name: draw.normal(batch, heads, n, width).to(dtype) for name in core.uses(mask)}
         right = self._outputs(core, given, mask, weight := draw.normal(batch, heads, n, width).to(dtype))
-        wrong = {}
+        wrong: dict[str, Callable[[], Any]] = {}
         for said, slip in (self.wrong or {}).items():
             bound = partial(slip, state=core.state_dict()) if "state" in signature(slip).parameters else slip
-            wrong[said] = self._outputs(Written(bound, core.context), given, mask, weight)
+            wrong[said] = partial(self._outputs, Written(bound, core.context), given, mask, weight)
         about = {
             "heads": heads, "width": width, "causal": self.causal, "names": list(given), "gradients": self.gradients,
             "length": max(64, n), "reference": reference.text, "options": dict(reference.spec.options),
@@ -102,7 +102,7 @@ class Layer(Task):
         where = (
             f"{'causal' if self.causal else 'bidirectional'}{said}, {heads} head{'s' * (heads > 1)} of {width}, n = {n}"
         )
-        return Call("layer", where, sent, right, about, wrong)
+        return Call("layer", where, sent, right, about, Slips(wrong))
 
     def pattern_call(self, n: int) -> Call | None:
         """A call with one-hot values, so that the output is the weights [n, n]; None where values are no projection."""
@@ -197,7 +197,8 @@ class Method(Task):
         factors = {f"factor.{key}": x.detach().clone() for key, x in trained_tensors(hung).items()}
         out = model(input_ids=ids).logits
         weight = draw.normal(*out.shape)
-        wrong = {said: self._slipped(model, hung, slip, ids) for said, slip in (self.wrong or {}).items()}
+        slips = (self.wrong or {}).items()
+        wrong = Slips({said: partial(self._slipped, model, hung, slip, ids) for said, slip in slips})
         about = {
             "case": case, "paths": list(hung), "way": self.way,
             "reference": reference.text, "options": dict(reference.spec.options),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Call:
     about: what else the process needs to know, as JSON holds it.
     given: the arguments by name: tensors, numbers, texts, and lists and dicts of them.
     right: what must come out.
-    wrong: what comes out of a known mistake, by the sentence that names it.
+    wrong: what comes out of a known mistake, by the sentence that names it; often `Slips`.
     """
 
     of: str
@@ -75,7 +76,25 @@ class Call:
     given: dict[str, Any]
     right: Any
     about: dict[str, Any] = field(default_factory=dict)
-    wrong: dict[str, Any] = field(default_factory=dict)
+    wrong: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Slips(Mapping[str, Any]):
+    """What comes out of known mistakes, computed when it is asked for: a right answer asks for none."""
+
+    def __init__(self, of: Mapping[str, Callable[[], Any]]):
+        self.of, self.made = of, dict[str, Any]()
+
+    def __getitem__(self, sentence: str) -> Any:
+        if sentence not in self.made:
+            self.made[sentence] = self.of[sentence]()
+        return self.made[sentence]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.of)
+
+    def __len__(self) -> int:
+        return len(self.of)
 
 
 class Task:
@@ -148,7 +167,7 @@ class Function(Task):
                 weight = draw.normal(*self.right(**given).shape)
         asked = self.gradients, weight, self.unchanged
         right = with_gradients(self.right, given, *asked)
-        wrong = {said: with_gradients(slip, given, *asked) for said, slip in self.wrong.items()}
+        wrong = Slips({said: partial(with_gradients, slip, given, *asked) for said, slip in self.wrong.items()})
         sent = given if weight is None else {**given, "weight of the output": weight}
         return Call("function", f"{self.name}({described(given)})", sent, right, about, wrong)
 
