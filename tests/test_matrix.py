@@ -68,6 +68,7 @@ def refused(method, attention, architecture):
         or (method == "pals" and architecture in ("decoder", "encoder-decoder"))
         # no blocks to stand beside, or two stacks of them
         or (method == "ladder" and architecture in ("perceiver", "encoder-decoder"))
+        or (method == "loreft" and architecture == "reversible")  # two streams, and so none to edit
         # gates that read a whole text; a head for labels
         or (method in ("unipelt", "head") and architecture == "encoder-decoder")
     )

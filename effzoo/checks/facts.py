@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from effzoo.peft.method import Method
 from effzoo.peft.modular.mixture import MixtureMethod
+from effzoo.sites import MemorySite
 
 SOFTMAX = "softmax does not change when one number is added to all scores of a query, so key biases have none"
 _COPIES = {"*.k*.own_bias": SOFTMAX}
@@ -24,6 +25,9 @@ SAME_AT_START: dict[str, str] = {
     "head_pruning": "the gates of a layer start at the same value",
     "fish": "the entries that are trained may all lie at other sites",
 }
+
+# method -> why, in a causal model that labels a text, what it computes at a token depends on the tokens after it
+READS_ALL: dict[str, str] = {"unipelt": "its gates are means over all tokens of the text"}
 
 # method -> which of its trained tensors several sites share, where the paper wants that
 SHARED: dict[str, str] = {
@@ -44,3 +48,11 @@ def zero_gradient(method: Method) -> dict[str, str]:
     reasons = {pattern: why for inner in experts for pattern, why in zero_gradient(inner).items()}
     equal = sorted({f"{inner.name}: {SAME_AT_START[inner.name]}" for inner in experts if inner.name in SAME_AT_START})
     return reasons | ({"*.router.*": "; ".join(equal)} if equal else {})
+
+
+def reads_all(method: Method) -> bool:
+    """Whether a method reads the whole text at every token: as it says, or as a mixture that routes memories, by the
+    mean of the text."""
+    if not isinstance(method, MixtureMethod):
+        return method.name in READS_ALL
+    return any(reads_all(inner) or MemorySite in inner.accepts for expert in method.inner for inner in expert)
