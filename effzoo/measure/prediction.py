@@ -150,7 +150,7 @@ def steps(case: Case) -> list[Step] | None:
         ]  # fmt: skip
         gathered = []
     elif isinstance(core, Nystromformer):
-        m, gathered = core.landmarks or n, []
+        m, gathered = min(core.landmarks or n, n), []
         softmaxes = 1 if core.landmarks is None else 2
         attended = [Step("attention", 4 * B * d * n * m, 2 * size * B * n * d, softmaxes)]
         if core.landmarks is not None:

@@ -139,8 +139,9 @@ def _(core: Nystromformer, split: Split, shapes: Shapes) -> Sent:
     if core.landmarks is None:
         whole = _ring(core, split, shapes)
     else:
-        reduced = _reduced(split, 3 * core.landmarks * shapes.rows(core))
-        wide = (split.ranks - 1) * core.landmarks * shapes.exact(core) / core.context.head_dim
+        landmarks = min(core.landmarks, split.n)
+        reduced = _reduced(split, 3 * landmarks * shapes.rows(core))
+        wide = (split.ranks - 1) * landmarks * shapes.exact(core) / core.context.head_dim
         whole = Sent(reduced + wide, reduced)
     given = taken = 0
     if core.conv is not None:
@@ -216,5 +217,5 @@ def _(core: Nystromformer, split: Split) -> float:
     """Means of queries and keys and two softmaxes over the landmarks; Z is computed on every rank."""
     if core.landmarks is None:
         return float(split.size() * split.n)
-    m, d = core.landmarks, core.context.head_dim
+    m, d = min(core.landmarks, split.n), core.context.head_dim
     return 3.0 * split.size() * m + (8 * core.iterations * m**3 + 4 * m * m * d) / (4 * d)
