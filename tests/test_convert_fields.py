@@ -35,7 +35,7 @@ BASES = {
     {"vocab_size": 41, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 20, "pad_token_id": 0, "bos_token_id": 3,
                             "eos_token_id": 2}),
     "llama": ("LlamaConfig", _LLAMA),
-    "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 4}),
+    "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 4, "attn_implementation": "eager"}),  # sdpa caps no scores
     "qwen3": ("Qwen3Config", _LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2": ("Qwen2Config", {name: value for name, value in _LLAMA.items() if name != "head_dim"} | {
         "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
@@ -44,7 +44,7 @@ BASES = {
     "smollm3": ("SmolLM3Config", {name: value for name, value in _LLAMA.items() if name != "head_dim"} | {
         "use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0]}),
     "olmo2": ("Olmo2Config", {name: value for name, value in _LLAMA.items() if name != "head_dim"}),
-    "gemma2": ("Gemma2Config", _LLAMA | {"sliding_window": 4}),
+    "gemma2": ("Gemma2Config", _LLAMA | {"sliding_window": 4, "attn_implementation": "eager"}),
     "gemma3_text": ("Gemma3TextConfig", _LLAMA | {"sliding_window": 4}),
     "mixtral": ("MixtralConfig", _LLAMA | {"sliding_window": 4, "num_local_experts": 3}),
     "qwen3_moe": ("Qwen3MoeConfig", _LLAMA | {

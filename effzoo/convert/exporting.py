@@ -55,6 +55,8 @@ def to_transformers(model: AnyModel) -> Any:
         | {"num_labels": model.own_labels}
         | layout.built(model)
     )
+    if getattr(config, "score_cap", 0):
+        fields["attn_implementation"] = "eager"  # the others leave the cap out without a word in transformers 5.19
     named = {name: getattr(cls.config_class(), name, None) for name in ("cls_token_id", "sep_token_id")}
     special = {name: None for name, value in named.items() if value is not None and value not in range(config.vocab)}
     without_pooler = (
