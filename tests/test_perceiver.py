@@ -431,11 +431,11 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
         "ladder": kind,
         "residual_adapter": kind,
         "pals": "causal",
+        "boft": "pixels",  # whose 12 channels are not blocks of 8
     }
     if refused.get(method) == kind:
-        with pytest.raises(
-            (TargetError, IncompatiblePeft), match="nothing in this model matches embed.token|does not work with"
-        ):
+        said = "nothing in this model matches embed.token|does not work with|do not divide the 12 of 'attn.q'"
+        with pytest.raises((TargetError, IncompatiblePeft, OptionError), match=said):
             effzoo.attach(model, method)
         return
     plain = model(**batch).logits
@@ -445,7 +445,9 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
     seen = train(model, batch)
     # a number added to all scores of a query changes nothing
     of_keys = (".k.adapters.default.full.own_bias", ".k.adapters.default.head.own_bias")
-    seen = {key: value for key, value in seen.items() if not key.endswith(of_keys)}
+    # behind the last block, the first positions are not read: a causal model's last one is
+    unread = "blocks.1.stream" if (method, kind) == ("loreft", "causal") else "none"
+    seen = {key: value for key, value in seen.items() if not key.endswith(of_keys) and not key.startswith(unread)}
     assert silent(model, seen) == ""
     state = model.state_dict()
     assert all(state[key].equal(value) for key, value in before.items())

@@ -28,6 +28,7 @@ WAITS = {  # what is left: the function that makes the host wait, and why
     "blocks/experts.py: Experts.forward": "experts read the tokens alone, and how many rows those are decides a shape",
     "blocks/experts.py: Experts._sent": "an expert computes the tokens that are sent to it, and their number decides "
     "a shape",
+    "peft/function/loreft.py: orthonormal": "a QR decomposition, which may look at its result",
     "routing/assignment.py: assign": "the exact assignment is found on the CPU",
     "architectures/packing.py: documents_of": "position ids without an attention_mask say whether there are documents, "
     "whose number and lengths decide shapes",
@@ -120,6 +121,7 @@ def test_the_host_waits_for_the_device_nowhere_but_where_it_must():
         "experts by token",
         "the same, computed back",
         "chosen entries",
+        "orthonormal rows",
     }
     assert {name for name in steps if steps[name]} == waiting
     found = {wait.rpartition(": ")[0] for waits in steps.values() for wait in waits}

@@ -65,7 +65,7 @@ def training_step(model, batch):
     """The loss of one step, every gradient, and the logits after it in evaluation mode."""
     torch.manual_seed(5)
     model.train()
-    training.schedule(model, 0.3)
+    training.schedule(model, 0.0)
     loss = training.loss(model, **batch)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -83,21 +83,23 @@ def apart(one, other):
 
 
 def cells():
-    """Every kind in every architecture, each with the next method that it does not refuse: how far the device is from
-    the CPU, and what waits."""
-    methods, found = itertools.cycle([None, *effzoo.peft.names()]), []
+    """Every kind in every architecture, each with the method that has waited longest of those that it does not refuse:
+    how far the device is from the CPU, and what waits."""
+    waiting, found = [None, *effzoo.peft.names()], []
     for architecture, kind in itertools.product(MODELS, KINDS):
         one = case(architecture, kind)
         try:
             one.model()
         except EffzooError:
             continue
-        for method in itertools.islice(methods, 4):
+        for method in waiting:
             try:
                 model = one.model() if method is None else effzoo.attach(one.model(), spec(method))
             except EffzooError:
                 continue
             found.append([f"{one} with {method}", *compared(model, one.batch())])
+            waiting.remove(method)
+            waiting.append(method)
             break
     return found
 
@@ -178,6 +180,7 @@ def lived(method, where):
         for step in range(number):
             training.schedule(model, step / number)
             training.loss(model.train(), **batch).backward()
+            training.after_backward(model)
             optimizer.step()
             optimizer.zero_grad()
     training.finish(model)
@@ -414,6 +417,7 @@ def others():
     chosen = build("bert", peft="fish")
     training.calibrate(chosen, [batch])
     yield "chosen entries", chosen, batch
+    yield "orthonormal rows", build("bert", peft="loreft"), batch
     by_row = build("bert", peft="lora")
     effzoo.attach(by_row, "houlsby", name="other")
     yield "adapters by row", effzoo.activate(by_row, rows=["default", "other", "default"]), batch
