@@ -56,6 +56,8 @@ def test_a_fork_finds_what_a_new_process_finds(tmp_path):
     ("body", "told"),
     [
         ("raise ValueError('of mine')", "of mine"),
+        ("raise SystemExit(4)", "its process ended with 4 before it answered: word"),
+        ("raise SystemExit", "its process ended with 0 before it answered: word"),
         ("os._exit(3)", "its process ended with 3 before it answered: word"),
         ("os.kill(os.getpid(), 11)", "its process ended with -11 before it answered: word"),
         ("return torch.zeros(2**33)", "allocate memory"),

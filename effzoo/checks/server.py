@@ -157,6 +157,8 @@ def _become(module: str, folder: str, environment: dict[str, str]) -> NoReturn:
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         sys.modules[module].main(Path(folder))
         code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:  # the parent reads what it says
         traceback.print_exc()
     finally:
