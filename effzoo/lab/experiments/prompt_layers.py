@@ -98,6 +98,9 @@ def prompt_layers(run: Run) -> Findings:
         notes=[
             "The task is whether the words of a text stand in their order, which a head alone does not read well off "
             "the frozen base. Published: BERT-large on RTE and BoolQ, layers added from below and from above, in a "
-            "figure. A seed draws the texts to train and to test on, the orders of their words and all weights."
+            "figure. A seed draws the texts to train and to test on, the orders of their words and all weights.",
+            "Here the lower layers matter more, against the paper: the order of words is in the positions, which the "
+            "first layers read, and this base has four layers, not 24. RTE and BoolQ on BERT-large would settle "
+            "whether it is the task or the depth.",
         ],
     )  # fmt: skip
