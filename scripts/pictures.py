@@ -21,6 +21,9 @@ KINDS = {  # options small enough for N positions, and which positions are globa
     "blockwise": ("blockwise[blocks=3]", ()),
     "longformer": ("longformer[window=8]", (0, 20)),
     "local": ("local[chunk=8]", ()),
+    "streaming": ("streaming[window=8, sinks=3]", ()),
+    "bigbird": ("bigbird[block=4, random=1]", ()),
+    "dilated": ("dilated[segments=(8, 16, 48), dilations=(1, 2, 4)]", ()),
     "lsh": ("lsh[rounds=1, chunk=8, buckets=6]", ()),
     "linformer": ("linformer[k=8]", ()),
     "perceiver": ("perceiver[latents=8]", ()),
@@ -44,16 +47,15 @@ def masks() -> Figure:
     from matplotlib.patches import Patch
 
     kinds = attention_kinds()
-    rows = len(kinds) // 4 + 1
+    rows = len(kinds) // 4 + 1  # with room for the key
     figure = Figure(figsize=(11.2, 3.3 * rows), dpi=130)
-    places = figure.subplots(
-        rows, 4, gridspec_kw={"left": 0.01, "right": 0.99, "top": 1 - 0.1 / rows, "bottom": 0.12 / rows, "wspace": 0.08}
-    ).flat
-    for axes, name in zip(places, kinds, strict=False):
+    around = {"left": 0.01, "right": 0.99, "top": 1 - 0.1 / rows, "bottom": 0.12 / rows, "wspace": 0.08}
+    panels = list(figure.subplots(rows, 4, gridspec_kw=around).flat)
+    for axes, name in zip(panels, kinds, strict=False):
         mask(axes, name)
-    key, *rest = places[len(kinds) :]
-    for axes in (key, *rest):
+    for axes in panels[len(kinds) :]:
         bare(axes)
+    key = panels[len(kinds)]
     key.text(
         0.04,
         0.86,

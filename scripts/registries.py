@@ -59,6 +59,7 @@ METHODS = {  # ours: the same in other packages, by the name of their registry a
     "vera": {"peft": "VERA", "adapters": "vera"},
 }
 KINDS = {
+    "bigbird": {"transformers": "big_bird"},
     "full": {"transformers": "bert", "flash_linear_attention": "Attention", "xformers": "LowerTriangularMask"},
     "linear": {"flash_linear_attention": "LinearAttention"},
     "local": {"transformers": "reformer"},

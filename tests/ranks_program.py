@@ -21,6 +21,7 @@ CASES = {
     "longformer": ("longformer[window=6]", False), "longformer causal": ("longformer[window=6]", True),
     "dilated": ("longformer[window=4, dilation=(1, 3)]", False),
     "wide": ("longformer[window=40]", False), "local": ("local[chunk=4]", False),
+    "streaming": ("streaming[window=5, sinks=3]", False), "streaming causal": ("streaming[window=5, sinks=3]", True),
     "local causal": ("local[chunk=4]", True), "linformer": ("linformer[k=5]", False),
     "perceiver": ("perceiver[latents=3]", False), "blockwise": ("blockwise[blocks=3]", False),
     "blockwise causal": ("blockwise[blocks=4, permutations=((3, 1, 2, 4), (1, 2, 3, 4))]", True),

@@ -187,7 +187,7 @@ class Strided(effzoo.attention.PredicateAttention):
 @pytest.mark.slow
 @pytest.mark.parametrize("gradients_too", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", [*KINDS[:5], "local[chunk=4,circular=true]", "strided"])
+@pytest.mark.parametrize("kind", [*KINDS[:5], "local[chunk=4,circular=true]", "streaming[window=4,sinks=2]", "strided"])
 def test_flex_attention_is_the_definition_of_a_predicate(kind, causal, gradients_too):
     """With padding, global tokens and a prefix; a row without keys is 0."""
     context = Context(heads=2, head_dim=6, max_length=21, causal=causal, backend="flex")

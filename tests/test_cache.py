@@ -17,6 +17,7 @@ KINDS = [
     "longformer[window=6]",
     "longformer[window=4,dilation=(1,3)]",
     "longformer[window=4,global_projections=false]",
+    "streaming[window=4,sinks=3]",
 ]
 
 

@@ -11,7 +11,7 @@ from effzoo.errors import AdapterError, IncompatibleError, OptionError
 from effzoo.peft.attach import adapter_tensors
 from effzoo.sites import Conv2d, sites
 
-KINDS = {
+KINDS = {name: small(name) for name in effzoo.attention.names()} | {
     "full": "full", "longformer": "longformer[window=4]", "blockwise": "blockwise[blocks=2]", "local": "local[chunk=4]",
     "lsh": "lsh[chunk=4]", "linformer": "linformer[k=4]", "perceiver": "perceiver[latents=4]",
 }  # fmt: skip

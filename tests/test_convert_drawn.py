@@ -15,6 +15,7 @@ FAMILIES = (
     "albert",
     "roberta",
     "longformer",
+    "big_bird",
     "gpt2",
     "llama",
     "mistral",
@@ -65,7 +66,8 @@ RARE = (
     "gemma3",
     "mixtral",
 )  # so few draws are models of theirs that none may be among these
-NATURAL = {"longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, "
+NATURAL = {"big_bird": "bigbird[block=2, random=1, like_transformers=true]",
+    "longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, "
     "global_projections=false]",
            "reformer": "lsh[chunk=4, circular=true, buckets=4]"}  # fmt: skip
 
@@ -100,7 +102,7 @@ def one(family, seed):
     torch.manual_seed(seed)
     try:
         labels = 2 if task == "question_answering" else 3
-        model = effzoo.build(family, task=task, num_labels=labels, **sizes).eval()
+        model = effzoo.build(family.replace("big_bird", "bigbird"), task=task, num_labels=labels, **sizes).eval()
     except (OptionError, IncompatibleError):
         return "not built"
     with torch.no_grad():

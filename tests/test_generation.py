@@ -16,6 +16,7 @@ KINDS = [
     "longformer[window=6]",
     "longformer[window=4,dilation=(1,2)]",
     "local[chunk=4]",
+    "streaming[window=4,sinks=2]",
     "lsh[chunk=4,stable=true]",
     "linear",
     "performer[features=6]",

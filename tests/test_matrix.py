@@ -53,7 +53,7 @@ def test_the_tracked_matrix_of_experts_is_whole_and_nothing_in_it_fails():
 @pytest.mark.cover()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("attention", ["longformer", "lsh"])
-@pytest.mark.parametrize("method", ["lora", "prefix", "houlsby", "bitfit", "unipelt", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "prefix", "houlsby", "bitfit", "unipelt", "prompt", "head"])
 def test_experts_keep_the_laws(method, attention, architecture):
     found = cell(METHODS(as_expert(method)), KINDS(attention), architecture)
     assert found.status == EXPERTS[method, attention, architecture], found.reason

@@ -501,12 +501,9 @@ def test_a_prefix_is_the_gated_sum_of_two_attentions_under_every_pattern(kind):
         q, k, v, *_ = draw(core, n, Mask())
         inputs, (keys, values) = [q, k, v][: len(core.uses(Mask()))], some_memory()
         inputs += [None] * (len(core.projections) - len(inputs))
-        own = (
-            (q @ k.transpose(-1, -2) / math.sqrt(WIDTH))
-            .masked_fill(~core.pattern(n, Mask()), -math.inf)
-            .exp()
-            .sum(-1, keepdim=True)
-        )
+        seen_at = getattr(core, "seen_at", None)  # how often a key counts, of kinds where that may be several times
+        counts = core.pattern(n, Mask()) if seen_at is None else seen_at(torch.arange(n)[None], n, Mask())
+        own = ((q @ k.transpose(-1, -2) / math.sqrt(WIDTH)).exp() * counts).sum(-1, keepdim=True)
         prefix = (q @ keys.transpose(-1, -2) / math.sqrt(WIDTH)).exp().sum(-1, keepdim=True)
         gate = prefix / (prefix + own)
         alone = core.attend_memory(*inputs, mask=Mask(), memory=(keys, values))

@@ -21,6 +21,7 @@ def model(tiny):
 
 PUBLISHED = {
     "bert": 109_482_240, "albert": 11_683_584, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456,
+    "bigbird": 127_468_800,
     "longformer-large": 434_600_960, "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096,
     "qwen2": 494_032_768, "qwen3": 596_049_920, "xlm-roberta": 278_043_648, "smollm3": 3_075_098_624,
     "olmo2": 1_279_395_840, "gemma2": 2_614_341_888, "gemma3": 999_885_952, "mixtral": 46_571_720_704,

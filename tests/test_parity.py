@@ -20,14 +20,14 @@ from effzoo import convert
 from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
-EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "gpt2")
+EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "big_bird", "gpt2")
 GEMMAS = ("gemma2", "gemma3_text")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "mixtral", "qwen3_moe", *GEMMAS)
 ROTARY = ("nomic_bert", "gte", "jina_embeddings_v3")
 CAUSAL = ("gpt2", *LLAMAS)
 FAMILY_NAMES = (
-    "bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", *ROTARY, "longformer", "gpt2",
-    *LLAMAS, "eurobert", "modernbert", "led",
+    "bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", *ROTARY, "longformer",
+    "big_bird", "gpt2", *LLAMAS, "eurobert", "modernbert", "led",
 )  # fmt: skip
 CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAYOUTS[family].classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
@@ -42,7 +42,7 @@ CONFIGS = {
     "phi3": "Phi3Config", "smollm3": "SmolLM3Config", "olmo2": "Olmo2Config", "gemma2": "Gemma2Config",
     "gemma3_text": "Gemma3TextConfig", "mixtral": "MixtralConfig", "qwen3_moe": "Qwen3MoeConfig",
     "modernbert": "ModernBertConfig",
-    "led": "LEDConfig",
+    "led": "LEDConfig", "big_bird": "BigBirdConfig",
 }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def draw_config(family, name, seed):
         )  # fmt: skip
     else:
         # its head uses gelu whatever the config says
-        lm_of_roberta = family not in ("bert", "albert", "nomic_bert") and name.endswith("MaskedLM")
+        lm_of_roberta = family not in ("bert", "albert", "nomic_bert", "big_bird") and name.endswith("MaskedLM")
         sizes = {
             "vocab_size": VOCAB, "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads,
             "intermediate_size": draw.choice((12, 20)), "max_position_embeddings": LENGTH + 5,
@@ -216,6 +216,10 @@ def draw_config(family, name, seed):
             sizes["rope_parameters"] = draw_rotary(draw)
         if family == "electra":
             sizes["embedding_size"] = draw.choice((6, dim))
+        if family == "big_bird":  # at most (5 + 2 random) blocks are computed with full attention
+            random_blocks = draw.choice((1, 2, 3))
+            sizes |= {"block_size": draw.choice((1, 1, 2)), "num_random_blocks": random_blocks, "sep_token_id": None}
+            sizes["attention_type"] = draw.choice(("block_sparse", "block_sparse", "original_full"))
         if family == "albert":
             groups = draw.choice((1, 2, 4))
             sizes |= {
@@ -264,7 +268,7 @@ def batch(family, pad, types=1, side="right"):
     inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
     if side == "left":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    if family in ("bert", "roberta", "electra", *ROTARY, "longformer"):
+    if family in ("bert", "roberta", "electra", *ROTARY, "longformer", "big_bird"):
         inputs["token_type_ids"] = torch.randint(types, (BATCH, LENGTH))
     if family in ("longformer", "led"):  # 1, 3 and 2 globals: neighbours within one window, and far from each other
         inputs["global_attention_mask"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)

@@ -71,9 +71,9 @@ def test_a_training_step_costs_three_times_the_products_of_a_forward_pass():
 def test_decoding_reads_weights_and_what_the_cache_keeps():
     found = {
         kind: steps(Case(kind, "decode", 64, 32, 4, batch=3))[-1]
-        for kind in ("full", "longformer[window=8]", "local[chunk=8]")
+        for kind in ("full", "longformer[window=8]", "local[chunk=8]", "streaming[window=8, sinks=3]")
     }
-    assert [found[kind].bytes for kind in found] == [3 * kept * 2 * 32 * 4 for kept in (64, 5, 16)]
+    assert [found[kind].bytes for kind in found] == [3 * kept * 2 * 32 * 4 for kept in (64, 5, 16, 11)]
 
 
 def test_a_prediction_is_the_slower_of_device_and_host():

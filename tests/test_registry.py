@@ -21,7 +21,7 @@ def test_options_are_the_keyword_only_parameters():
 def test_unknown_name_gives_the_closest_and_the_known():
     with pytest.raises(
         UnknownNameError,
-        match=r"unknown attention 'longfromer'; did you mean 'longformer'\? Known: blockbert, blockwise, ",
+        match=r"unknown attention 'longfromer'; did you mean 'longformer'\? Known: big_bird, bigbird, blockbert, ",
     ):
         effzoo.attention.get("longfromer")
 

@@ -15,8 +15,8 @@ from effzoo.spec import parse_one
 
 KINDS = [
     "full", "longformer[window=6]", "longformer[window=4, dilation=(1, 3)]", "longformer[window=4, dilation=2]",
-    "local[chunk=4]",
-    "local[chunk=3, look_back=2]", "blockwise[blocks=3]",
+    "local[chunk=4]", "local[chunk=3, look_back=2]", "blockwise[blocks=3]", "streaming[window=5, sinks=2]",
+    "streaming[window=3, sinks=0]",
 ]  # fmt: skip
 SIZES = {"layers": 2, "dim": 16, "heads": 2, "head_dim": 8, "mlp": 24, "vocab": 37, "max_length": 64}
 TRAINED = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "final_dropout": 0.0}
@@ -107,7 +107,7 @@ def test_a_wide_window_computes_what_full_attention_does(kind):
     assert all(bool(x.any()) for x in torch.autograd.grad(after.loss, tables))
 
 
-@pytest.mark.parametrize("kind", ["full", "longformer[window=4]", "local[chunk=4]"])
+@pytest.mark.parametrize("kind", ["full", "longformer[window=4]", "local[chunk=4]", "streaming[window=4, sinks=2]"])
 def test_a_decoder_writes_the_same_in_steps(kind):
     torch.manual_seed(1)
     model = effzoo.build("t5", task="seq2seq_lm", decoder_attention=kind, **SIZES | TRAINED).double().eval()
@@ -121,7 +121,7 @@ def test_a_decoder_writes_the_same_in_steps(kind):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["lsh", "linformer", "perceiver"])
+@pytest.mark.parametrize("kind", ["lsh", "linformer", "perceiver", "bigbird", "dilated"])
 def test_kinds_without_distances_are_refused(kind):
     with pytest.raises(IncompatibleError, match=f"attention '{kind}' (adds no bias by distance|has one projection)"):
         effzoo.build("t5", attention=kind, **SIZES)

@@ -21,6 +21,7 @@ KINDS = (
     "longformer[window=4, dilation=(1, 2)]",
     "local[chunk=4]",
     "blockwise[blocks=2]",
+    "streaming[window=3, sinks=2]",
 )
 
 

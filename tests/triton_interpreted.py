@@ -366,6 +366,7 @@ KINDS = {  # and what of it the kernels compute in one pass
     "longformer[window=4, dilation=(1, 3)]": "Columns",
     "longformer[window=6, global_projections=false]": "Columns",
     "local[chunk=5]": "WINDOW",
+    "streaming[window=4, sinks=3]": "Columns",
     "local[chunk=4, look_back=0, look_forward=1]": "WINDOW",
     "local[chunk=4, circular=true, look_forward=1]": None,
     "blockwise[blocks=3]": None,
@@ -496,7 +497,7 @@ def test_no_dropout_no_bias_and_no_gathered_column_is_kept(launched):
 
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda x: x):
         core.train()
-        out = core.attend(core.part(q, k, v, core._key_mask(mask), mask), core._global_keys(q, k, v, mask))
+        out = core.attend(core.part(q, k, v, *core.tile_inputs(mask, 2, 23), mask=mask), core._beside(q, k, v, mask))
     sizes = {x.storage.data_ptr(): x.storage.nbytes() for x in held}
     assert out.requires_grad and sum(sizes.values()) == 4 * q.numel() * 4 + 2 * 2 * 23 * 4 + 2 * 23 + 2 * 1 * 8
 

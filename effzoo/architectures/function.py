@@ -85,10 +85,10 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "head_activation": lambda config, task: task in WITH_HEAD,
     "transform_bias": lambda config, task: task != "features",
 }
-SAME_RESULT = {"longformer": ("max_globals",)}  # options that say how much is allowed
+SAME_RESULT = {"longformer": ("max_globals",), "bigbird": ("max_globals",)}  # options that say how much is allowed
 ADDED = {"top_k": ("normalise", "balance")}  # options that files of earlier releases do not have
 # kinds for which max_length is a limit and nothing else; others may derive sizes from it
-ANY_LENGTH = ("full", "local", "longformer")
+ANY_LENGTH = ("full", "local", "longformer", "streaming", "dilated")
 
 
 def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@
 
 from effzoo.annotations import check_arguments
 from effzoo.attention import (
+    bigbird,
     blockwise,
+    dilated,
     full,
     linear,
     linformer,
@@ -15,6 +17,7 @@ from effzoo.attention import (
     nystromformer,
     perceiver,
     performer,
+    streaming,
 )
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import attend, choose
@@ -35,9 +38,11 @@ __all__ = [
     "aliases",
     "attend",
     "bias_of",
+    "bigbird",
     "blockwise",
     "choose",
     "create",
+    "dilated",
     "full",
     "get",
     "linear",
@@ -52,6 +57,7 @@ __all__ = [
     "perceiver",
     "performer",
     "register",
+    "streaming",
 ]
 
 check_arguments(globals())

@@ -44,6 +44,20 @@ class Window:
         runs = cut(queries, size, lambda query, count: (query - left, query + count + right), predicate, self.dilation)
         return Tiles(n, runs, dilation=self.dilation, window=self, causal=causal)
 
+    def predicate(self, causal: bool) -> Predicate:
+        """Which keys a query sees."""
+
+        def predicate(query: Tensor, key: Tensor) -> Tensor:
+            gap, unit = query // self.chunk - key // self.chunk, self.dilation
+            seen = gap % unit == 0
+            if self.left is not None:
+                seen = seen & (gap <= self.left * unit)
+            if self.right is not None:
+                seen = seen & (-gap <= self.right * unit)
+            return seen & (key <= query) if causal else seen
+
+        return predicate
+
     @property
     def plain(self) -> bool:
         """Whether it has neither dilation nor chunks."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention.part import OneTile, Part, capped
+from effzoo.attention.part import OneTile, Part, both, capped
 from effzoo.attention.tile_map import cached
 from effzoo.devices import keeping
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class BlockMasked(OneTile):
-    """One tile under a block mask of torch."""
+    """One tile under a block mask of torch. counts: how often a query sees a key, where that is not once."""
 
     blocks: Any = None
+    counts: Callable[..., Tensor] | None = None
 
 
 def block_masked(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> BlockMasked:
     """The predicate of a kind with padding and global tokens; length [batch]: of the examples, None without padding."""
     size = q.shape[2], k.shape[2]
-    if mask.valid is not None or core.is_global(mask) is not None:
+    if mask.valid is not None or core.is_global(mask, size[1]) is not None:
         of_mask: BlockMasked = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
         return of_mask
     if isinstance(q, FakeTensor):
@@ -42,7 +43,9 @@ def block_masked(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, len
 def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> BlockMasked:
     from torch.nn.attention.flex_attention import create_block_mask  # takes a while to import
 
-    valid, is_global = mask.valid, core.is_global(mask)
+    valid, is_global = mask.valid, core.is_global(mask, k.shape[2])
+    if is_global is not None:
+        is_global = is_global.expand(q.shape[0], -1)
     places, no = torch.tensor(k.shape[2], device=q.device), torch.zeros((), dtype=torch.bool, device=q.device)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -52,15 +55,22 @@ def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Te
             "key_global": no if is_global is None else is_global[batch, key],
         }  # fmt: skip
         seen = core.evaluate(query, key, facts.__getitem__)
-        return seen if valid is None else seen & valid[batch, key]
+        return seen if valid is None else both(seen, valid[batch, key])
 
+    counts = False
     if not (isinstance(q, FakeTensor) or torch.compiler.is_compiling()):
         with keeping(), torch.inference_mode(False):
-            visible(*torch.zeros(4, dtype=torch.long, device=q.device))
+            counts = visible(*torch.zeros(4, dtype=torch.long, device=q.device)).dtype != torch.bool
     batch = None if valid is None and is_global is None else q.shape[0]
     heads = q.shape[1] if "head" in core.reads else None
-    blocks = create_block_mask(visible, batch, heads, q.shape[2], k.shape[2], q.device, _compile=q.is_cuda)
-    return BlockMasked(blocks=blocks)
+
+    def seen_at_all(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(batch, head, query, key) != 0
+
+    blocks = create_block_mask(
+        seen_at_all if counts else visible, batch, heads, q.shape[2], k.shape[2], q.device, _compile=q.is_cuda
+    )
+    return BlockMasked(blocks=blocks, counts=visible if counts else None)
 
 
 def obstacle(parts: Any) -> str:
@@ -95,7 +105,10 @@ def _run(compiled: bool) -> Callable[..., Any]:
 
 
 def _scores(part: Part) -> Callable[..., Tensor] | None:
-    """What becomes of the scores of a part: the cap, and below a block mask nothing else."""
+    """What becomes of the scores of a part: the cap, and what is added to them: its bias, or below a block mask the
+    logarithm of its counts."""
+    if isinstance(part.tiling, BlockMasked) and (counts := part.tiling.counts) is not None:
+        return lambda x, b, h, q, k: capped(x, part.cap) + counts(b, h, q, k).to(x.dtype).log()
     bias = None if part.bias is None else part.bias.expand(*part.q.shape[:3], part.k.shape[2])
     if bias is None and not part.causal and not part.cap:
         return None

@@ -195,9 +195,19 @@ def lse_of(tile: Tile, lse: Tensor) -> Tensor:
     return lse.masked_fill(largest == -math.inf, -math.inf)
 
 
+def both(seen: Tensor, allowed: Tensor) -> Tensor:
+    """What is seen, or how often, where it is allowed."""
+    return seen & allowed if seen.dtype == torch.bool else seen * allowed
+
+
 def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True = may attend) as an additive bias: 0 where allowed, -inf elsewhere."""
+    """A boolean mask (True = may attend) as an additive bias: 0 where allowed, -inf elsewhere; of whole numbers, how
+    often a key counts, the logarithm."""
+    if allowed.dtype.is_floating_point or allowed.dtype.is_complex:
+        raise InputError(
+            f"what is allowed is a boolean tensor (True = may attend) or whole numbers, got {allowed.dtype}"
+        )
     if allowed.dtype != torch.bool:
-        raise InputError(f"what is allowed is a boolean tensor (True = may attend), got {allowed.dtype}")
+        return allowed.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
     yes, no = (torch.full((), value, dtype=dtype, device=allowed.device) for value in (0.0, -math.inf))
     return torch.where(allowed, yes, no)

@@ -33,8 +33,8 @@ _cache: OrderedDict[Any, Any] = OrderedDict()
 
 
 class Pairs(NamedTuple):
-    """Queries [groups, m] with keys [groups, s], and which pairs are seen: bool[groups or 1, m, s], None for all;
-    causal: those of a triangle."""
+    """Queries [groups, m] with keys [groups, s], and which pairs are seen: bool[groups or 1, m, s], or how often, None
+    for all, once; causal: those of a triangle."""
 
     queries: Tensor
     keys: Tensor
@@ -128,7 +128,7 @@ def _orders(core: PredicateAttention, head: int, n: int) -> Iterator[tuple[list[
     yield [positions], [positions]
     predicate = core.predicate(head, n, causal=False)
     sample = torch.tensor(sorted({0, n // 3, n // 2, n - 1}), device="cpu")
-    gaps = (sample[:, None] - positions)[predicate(sample[:, None], positions[None]).expand(len(sample), n)]
+    gaps = (sample[:, None] - positions)[(predicate(sample[:, None], positions[None]) != 0).expand(len(sample), n)]
     divisor = math.gcd(*gaps.tolist())
     if 1 < divisor < n:
         yield ([positions[first::divisor] for first in range(divisor)],) * 2
@@ -173,8 +173,8 @@ def _masked(predicate: Predicate, queries: Tensor, keys: Tensor) -> Iterator[Pai
     queries, keys = queries.sort().values, keys.sort().values
     every, triangle = True, torch.equal(queries, keys)
     for chunk, seen in _evaluated(predicate, queries, keys):
-        every = every and bool(seen.all())
-        triangle = triangle and torch.equal(seen, keys[None] <= queries[chunk, None])
+        every = every and bool((seen == 1).all())
+        triangle = triangle and bool((seen == (keys[None] <= queries[chunk, None])).all())
         if not (every or triangle):
             break
     if every or triangle:

@@ -97,7 +97,7 @@ class TilePositions:
 class TileRun:
     """Tiles of one shape, which are computed as one batch.
 
-    allowed bool[tiles or 1, queries or 1, keys]: which pairs are seen; None for all.
+    allowed bool[tiles or 1, queries or 1, keys]: which pairs are seen, or how often each counts; None for all, once.
     causal: those of a triangle.
     filled bool[batch tiles, 1, queries, 1]: which slots hold a query, where the examples differ.
     """
@@ -184,7 +184,7 @@ class Tiles(DisjointTiling):
         allowed, key = run.allowed, (id(run.allowed), q.dtype)
         if allowed is None or key in self._biases:
             return self._biases.get(key)
-        same_in_batch = run.queries.index is None or run.queries.index.ndim == 2
+        same_in_batch = all(side.index is None or side.index.ndim == 2 for side in (run.queries, run.keys))
         repeats = len(q) if len(allowed) > 1 and same_in_batch else 1
         bias = bias_of(allowed[:, None].repeat(repeats, 1, 1, 1), q.dtype)
         if self.window is not None and not isinstance(bias, FakeTensor):

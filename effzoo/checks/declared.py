@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from effzoo.annotations import describe, fits
+from effzoo.checks import facts
 from effzoo.checks.runner import Failed
 from effzoo.errors import OptionError
 from effzoo.registry import View
@@ -17,13 +18,16 @@ SMALL = 8
 
 
 def small(view: View[Any], spec: Spec) -> Spec:
-    """The spec with every whole-number option that was not given and is larger than `SMALL` set to `SMALL`."""
+    """The spec with every whole-number option that was not given and is larger than `SMALL` set to `SMALL`, and with
+    those of `facts.SMALL_OPTIONS`."""
     shrunk = {
         o.name: SMALL
         for o in view.options(spec.name)
         if type(o.default) is int and o.default > SMALL and o.name not in spec.options
     }
-    return Spec(spec.name, {**spec.options, **shrunk})
+    known = facts.SMALL_OPTIONS.get(view.get(spec.name).name, {})
+    own = known if view.kind == "attention" and not spec.options.keys() & known.keys() else {}
+    return Spec(spec.name, {**spec.options, **shrunk, **own})
 
 
 def suitable(view: View[Any], given: str, build: Callable[[Spec], object]) -> Spec:

@@ -1,4 +1,5 @@
-"""What the checks have to know of single methods: where mathematics says that nothing is learned, and what is shared.
+"""What the checks have to know of single methods and kinds: where mathematics says that nothing is learned, and what is
+shared.
 
 A method of one's own adds an entry: effzoo.checks.facts.ZERO_GRADIENT["mine"] = {"*.bias": "the softmax takes it out"}
 """
@@ -6,6 +7,7 @@ A method of one's own adds an entry: effzoo.checks.facts.ZERO_GRADIENT["mine"] =
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from effzoo.peft.method import Method
 from effzoo.peft.modular.mixture import MixtureMethod
@@ -28,6 +30,12 @@ SAME_AT_START: dict[str, str] = {
 
 # method -> why, in a causal model that labels a text, what it computes at a token depends on the tokens after it
 READS_ALL: dict[str, str] = {"unipelt": "its gates are means over all tokens of the text"}
+
+# attention kind -> the options that checks use, where those of `declared.small` would make it full attention
+SMALL_OPTIONS: dict[str, dict[str, Any]] = {
+    "bigbird": {"block": 3, "random": 1},
+    "dilated": {"segments": (4, 16), "dilations": (1, 2)},
+}
 
 # method -> which of its trained tensors several sites share, where the paper wants that
 SHARED: dict[str, str] = {

@@ -77,6 +77,7 @@ def to_transformers(model: AnyModel) -> Any:
     learns = trained_in_theirs(rules, trained(model))
     state |= {key: state[other] for key, other in layout.ties(config, task).items() if key in theirs.state_dict()}
     wanted = set(theirs.state_dict())
+    state |= {key: torch.zeros_like(theirs.state_dict()[key]) for key in layout.unread & (wanted - set(state))}
     state = {key: value for key, value in state.items() if key in wanted or key not in optional}
     if missing := sorted(wanted - set(state)):
         raise ConversionError(

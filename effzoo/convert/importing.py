@@ -39,10 +39,9 @@ def from_transformers(
     """A model of ours with the configuration and the weights of a model of transformers.
 
     source: a live model, a local folder, or a hub id; BERT, DistilBERT, ELECTRA, ALBERT, RoBERTa, XLM-RoBERTa,
-        CamemBERT, NomicBERT, GTE, Jina's third embeddings, EuroBERT, Longformer, ModernBERT, GPT-2, Llama, Mistral,
-        Qwen2, Qwen3, Phi-3, SmolLM3, OLMo 2, Gemma 2, Gemma 3 (its texts), Mixtral, Qwen3-MoE or Reformer with any
-        head that we have, the encoder of LED, BART, T5, mT5, or a
-        Perceiver.
+        CamemBERT, NomicBERT, GTE, Jina's third embeddings, EuroBERT, Longformer, BigBird, ModernBERT, GPT-2, Llama,
+        Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, OLMo 2, Gemma 2, Gemma 3 (its texts), Mixtral, Qwen3-MoE or Reformer
+        with any head that we have, the encoder of LED, BART, T5, mT5, or a Perceiver.
     task: another than the source's, with a new head.
     num_labels: of a new classification head; None for the source's.
     dtype: of all tensors; None or "auto" for the source's, tensor by tensor where they differ (of a folder those of its

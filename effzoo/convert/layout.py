@@ -75,6 +75,7 @@ class Layout:
     built: their fields that only a model of ours says.
     reads: their fields that `read`, `dropouts` and `finish` look at.
     inert: their fields that change nothing that is computed. Every other field must have its default (`fields.py`).
+    unread: their tensors that models with a head have and do not read; zeros in a model that is written.
     lost: tensors that resizing their vocabulary loses and their forward pass does not add, each with one that has as
         many entries.
     """
@@ -111,6 +112,7 @@ class Layout:
     built: Callable[[Any], dict[str, Any]] = field(default=no_fields)
     reads: frozenset[str] = frozenset()
     inert: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
     lost: Mapping[str, str] = field(default_factory=dict)
 
     @property

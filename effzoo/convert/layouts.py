@@ -16,6 +16,7 @@ FILES = (
     "electra",
     "rotary_bert",
     "longformer",
+    "bigbird",
     "gpt2",
     "llama",
     "eurobert",

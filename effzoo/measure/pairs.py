@@ -28,9 +28,8 @@ def pairs(core: AttentionCore, n: int, rows: int | None = None, device: str = "c
     query = torch.arange(n, device=device)
     if rows is not None and rows < n:
         query = (torch.arange(rows, device=device) * 2 + 1) * n // (2 * rows)
-    key = torch.arange(n, device=device)[None, None, None, :]
     total = 0.0
     for some in torch.split(query, max(1, TOGETHER // (n * core.context.heads))):
-        seen = core.allowed(some[None, None, :, None], key, Mask(), places=n)
-        total += float(seen.expand(-1, -1, len(some), n).sum()) / seen.shape[1]
+        seen = core.seen_at(some[None], n, Mask())
+        total += float(seen.sum()) / seen.shape[1]
     return total * n / len(query)

@@ -189,8 +189,11 @@ def _decoding(case: Case, size: int) -> list[Step] | None:
         read, kept = n, n * (size * 2 * d + 8 * case.heads * core.rounds)
     elif isinstance(core, PredicateAttention):
         key = torch.arange(n)
-        seen = core.allowed(key[None, None, -1:, None], key[None, None, None, :], Mask(), places=n)
-        read = n - int(seen.any(dim=1).flatten().int().argmax())
+        seen = core.allowed(key[None, None, -1:, None], key[None, None, None, :], Mask(), places=n).any(dim=1).flatten()
+        columns = core.columns(Mask(), n, key.device)
+        beside = key[:0] if columns is None else columns.positions[0, columns.seen[0, 0, -1]]
+        seen = seen.index_fill(0, beside, False)
+        read = n - int(seen.int().argmax()) + len(beside)
         kept = read * size * 2 * d
     elif isinstance(core, FeatureAttention):
         kept = EXACT * _features(case.attention, d // case.heads) * (d + case.heads)

@@ -12,7 +12,7 @@ from functools import singledispatch
 import torch
 
 from effzoo.attention.blockwise import Blockwise
-from effzoo.attention.core import AttentionCore
+from effzoo.attention.core import AttentionCore, Mask
 from effzoo.attention.features import CHUNK, FeatureAttention
 from effzoo.attention.linformer import Linformer
 from effzoo.attention.nystromformer import Nystromformer
@@ -82,6 +82,12 @@ def _ring(core: AttentionCore, split: Split, shapes: Shapes) -> Sent:
     return Sent(keys, keys + 2 * shapes.exact(core, shapes.group) * split.n)
 
 
+def _columns(core: PredicateAttention, split: Split) -> int:
+    """Keys that queries see beside their window in every input."""
+    columns = core.columns(Mask(), split.n, torch.device("meta"))
+    return 0 if columns is None else columns.positions.shape[1]
+
+
 @sent.register
 def _(core: PredicateAttention, split: Split, shapes: Shapes) -> Sent:
     """Around the ring: n - (positions of the next rank) keys and values twice, and their gradients home. A window: what
@@ -93,7 +99,7 @@ def _(core: PredicateAttention, split: Split, shapes: Shapes) -> Sent:
     shared = [overlap(held, needed(core, split, rank)) for rank in others]
     given = sum(end - first for first, end in filter(None, shared))
     taken = mine[1] - mine[0] - (held[1] - held[0])
-    reduced = wide = 0.0
+    reduced, wide = _reduced(split, 2 * _columns(core, split) * shapes.rows(core)), 0.0  # keys and values of sinks
     if shapes.globals and core.knows_globals():
         reduced = _reduced(split, 4 * shapes.globals * shapes.rows(core))  # keys, values, queries, outputs
         wide = len(others) * shapes.globals * shapes.exact(core) / core.context.head_dim  # log-sum-exps
@@ -179,7 +185,7 @@ def _(core: PredicateAttention, split: Split) -> float:
         left = n if window.left is None else window.left * window.chunk
         right = 0 if causal else n if window.right is None else window.right * window.chunk
         inside = (window.chunk + 1) / 2 if causal else window.chunk  # of its own chunk, in the mean
-        total += m * min(n, left + inside + right)
+        total += m * min(n, left + inside + right + _columns(core, split))
     return total / core.context.heads
 
 

@@ -1,8 +1,8 @@
 """What each attention kind exchanges so that a rank computes its own positions exactly.
 
 full                 keys and values around the ring
-window, chunks       the positions that the first and the last query see beyond the slice; keys, values and outputs
-                     of global tokens, which are few
+window, chunks       the positions that the first and the last query see beyond the slice; keys and values of sinks;
+                     keys, values and outputs of global tokens, which are few
 blockwise            the key blocks that the permutation of a head names for its query blocks (`blocks.py`)
 linformer            the sum over ranks of E K and F V
 perceiver            the softmax of the latents over the keys of all ranks
@@ -30,7 +30,7 @@ from effzoo.attention.lsh import LSH
 from effzoo.attention.nystromformer import Nystromformer
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.perceiver import Perceiver
-from effzoo.attention.predicate import PredicateAttention, global_positions
+from effzoo.attention.predicate import PredicateAttention
 from effzoo.devices import without_autocast
 from effzoo.errors import IncompatibleError
 from effzoo.parallel.ranks import Range, Split, attended, fetch, total
@@ -52,7 +52,7 @@ def attention(
     """
     raise IncompatibleError(
         f"attention {core.name!r} is not computed over ranks: nobody has said what they would exchange; use full, "
-        "longformer, local, blockwise, linformer, perceiver, nystromformer, linear or performer"
+        "longformer, local, streaming, blockwise, linformer, perceiver, nystromformer, linear or performer"
     )
 
 
@@ -93,19 +93,17 @@ def _(
         near = near.repeat_interleave(group, dim=1)
     near_k, near_v = near[..., : k.shape[-1]], near[..., k.shape[-1] :]
     near_q = F.pad(q, (0, 0, first - low, high - end))
-    valid, is_global = (of_all(mask, split, name) for name in ("valid", "is_global"))
-    key_mask = None if valid is None else valid[:, low:high]
-    if is_global is not None:
-        key_mask = ~is_global[:, low:high] if key_mask is None else key_mask & ~is_global[:, low:high]
-    parts = [core.part(near_q, near_k, near_v, key_mask), memory_part(near_q, memory)]
-    if is_global is None:
-        return core.attend(*parts).narrow(2, first - low, end - first)
-    slots, filled = _globals(core, mask, split)
-    keys, values = (_at_globals(x, slots, filled, split) for x in projected[1:3])
-    seen = filled[:, None, None, :]
-    if core.context.causal:
-        seen = seen & (slots[:, None, None, :] <= torch.arange(low, high, device=q.device)[:, None])
-    out = core.attend(*parts, Part(near_q, keys, values, bias_of(seen, q.dtype))).narrow(2, first - low, end - first)
+    whole = _whole(mask, split)
+    key_mask, columns = core.key_mask(whole, split.n), core.columns(whole, split.n, q.device)
+    parts = [core.part(near_q, near_k, near_v, None if key_mask is None else key_mask[:, low:high])]
+    if columns is not None:
+        slots = columns.positions.expand(len(q), -1)
+        keys, values = (_at_slots(x, slots, slots < split.n, split) for x in projected[1:3])
+        seen = columns.seen.expand(-1, -1, split.n, -1)[:, :, low:high]
+        parts.append(Part(near_q, keys, values, bias_of(seen, q.dtype)))
+    out = core.attend(*parts, memory_part(near_q, memory)).narrow(2, first - low, end - first)
+    if mask.is_global is None:
+        return out
     return _with_globals(core, split, out, core.of_globals(*projected), mask, memory)
 
 
@@ -142,19 +140,19 @@ def of_all(mask: Mask, split: Split, name: str) -> Tensor | None:
     return whole
 
 
-def _globals(core: PredicateAttention, mask: Mask, split: Split) -> tuple[Tensor, Tensor]:
-    """Positions of the global tokens in the whole sequence, int[batch, slots], and which slots hold one."""
+def _whole(mask: Mask, split: Split) -> Mask:
+    """The mask of the whole sequence."""
 
-    def make() -> tuple[Tensor, Tensor]:
-        whole = Mask(is_global=of_all(mask, split, "is_global"), most_globals=mask.most_globals)
-        return global_positions(whole, core.max_globals)
+    def make() -> Mask:
+        valid, is_global = (of_all(mask, split, name) for name in ("valid", "is_global"))
+        return Mask(valid, is_global, most_globals=mask.most_globals)
 
-    made: tuple[Tensor, Tensor] = mask.memo("slots of global tokens over ranks", make)
+    made: Mask = mask.memo("whole mask", make)
     return made
 
 
-def _at_globals(x: Tensor, slots: Tensor, filled: Tensor, split: Split) -> Tensor:
-    """x [batch, heads, m, d] of each rank at the global tokens, [batch, heads, slots, d] on every rank."""
+def _at_slots(x: Tensor, slots: Tensor, filled: Tensor, split: Split) -> Tensor:
+    """x [batch, heads, m, d] of each rank at these positions, [batch, heads, slots, d] on every rank."""
     first, end = split.range()
     here = filled & (slots >= first) & (slots < end)
     own = take_positions(x, (slots - first).clamp(0, end - first - 1))
@@ -167,9 +165,9 @@ def _with_globals(
 ) -> Tensor:  # fmt: skip
     """The output, at global tokens that of their own softmax: over the keys of all ranks, and the memory once."""
     q, k, v = projected
-    slots, filled = _globals(core, mask, split)
+    slots, filled = core.slots(_whole(mask, split), split.n)
     first, end = split.range()
-    query = _at_globals(q, slots, filled, split)
+    query = _at_slots(q, slots, filled, split)
     key = torch.arange(first, end, device=q.device)[None, None, None, :]
     allowed = core.allowed(
         slots[:, None, :, None], key, Mask(None, mask.is_global), places=split.n,
