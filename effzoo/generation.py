@@ -335,15 +335,20 @@ def _check_room(model: Transformer | EncoderDecoder, input_ids: Tensor, wanted: 
             else (f"shorten the prompt of {input_ids.shape[1]}, or build with a larger max_length")
         )
         raise InputError(
-            f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length "
-            f"{model.config.max_length}; {advice}"
+            f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length {_longest(model)}; "
+            f"{advice}"
         )
 
 
 def _room(model: Transformer | EncoderDecoder, ids: Tensor) -> int:
     """How many positions are left behind these ids; prompt tokens stand in front of a source."""
     in_front = 0 if isinstance(model, EncoderDecoder) else prompt_length(model)
-    return model.config.max_length - ids.shape[1] - in_front
+    return _longest(model) - ids.shape[1] - in_front
+
+
+def _longest(model: Transformer | EncoderDecoder) -> int:
+    """The positions of what is written."""
+    return model.decoder.config.max_length if isinstance(model, EncoderDecoder) else model.config.max_length
 
 
 def _said(config: Any) -> dict[str, Any]:

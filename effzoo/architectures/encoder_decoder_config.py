@@ -29,6 +29,7 @@ class EncoderDecoderConfig(Config):
     nothing else is said, the decoder's.
 
     decoder_layers, decoder_heads, decoder_mlp: of the decoder; 0 for as many as in the encoder.
+    decoder_max_length: the positions of the target; 0 for as many as those of the source, max_length.
     decoder_attention: of the decoder to itself, a kind that can be causal: a spec, or one per layer. `attention` is
         that of the encoder; cross-attention is full.
     decoder_start_token: what the decoder reads first; labels are shifted behind it.
@@ -46,6 +47,7 @@ class EncoderDecoderConfig(Config):
     decoder_layers: Whole = 0
     decoder_heads: Whole = 0
     decoder_mlp: Whole = 0
+    decoder_max_length: Whole = 0
     decoder_attention: str | dict[Any, Any] | tuple[Any, ...] = "full"
     decoder_start_token: Whole | None = None
     relative_buckets: Count = 32
@@ -90,6 +92,7 @@ class EncoderDecoderConfig(Config):
         return self._stack(
             architecture="decoder", layers=self.decoder_layers or self.layers, heads=self.decoder_heads or self.heads,
             mlp=self.decoder_mlp or self.mlp, attention=self.decoder_attention,
+            max_length=self.decoder_max_length or self.max_length,
         )  # fmt: skip
 
     def _stack(self, **own: Any) -> Config:

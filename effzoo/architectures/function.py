@@ -35,7 +35,7 @@ COUNTS = (
     "lm_transform", "transform_bias", "channels", "latents", "value_dim", "cross_attends", "blocks_per_cross",
     "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim", "cross_mlp", "cross_residual",
     "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim",
-    "decoder_mlp", "decoder_residual", "causal", "final_norm", "decoder_layers",
+    "decoder_mlp", "decoder_residual", "causal", "final_norm", "decoder_layers", "decoder_max_length",
     "decoder_start_token", "relative_buckets", "relative_distance", "scaled_logits",
 )  # fmt: skip
 MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
@@ -48,6 +48,7 @@ MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that
     "decoder_layers": lambda config: config.decoder_layers or config.layers,
     "decoder_heads": lambda config: config.decoder_heads or config.heads,
     "decoder_mlp": lambda config: config.decoder_mlp or config.mlp,
+    "decoder_max_length": lambda config: config.decoder_max_length or config.max_length,
     "embed_norm": lambda config: config.norm == "post" if config.embed_norm is None else config.embed_norm,
     "lm_bias": lambda config: not config.causal if config.lm_bias is None else config.lm_bias,
 }
@@ -73,6 +74,7 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "relative_distance": lambda config, task: str(config.positions) == "relative",
     "scaled_logits": lambda config, task: task.endswith("_lm"),
     "max_length": lambda config, task: config.positions in ("learned", "axial") or not _any_length(config),
+    "decoder_max_length": lambda config, task: config.decoder_max_length not in (0, config.max_length),
     "tied": lambda config, task: task.endswith("_lm"),
     "lm_bias": lambda config, task: task.endswith("_lm"),
     "lm_transform": lambda config, task: task == "masked_lm",

@@ -292,9 +292,9 @@ def _sizes_of(folder: str, task: str) -> Any:
     """The configuration of a saved model, or of a checkpoint of transformers."""
     if is_folder(folder):
         return read_description(Path(folder)).config
-    from effzoo.convert.source import open_source
+    from effzoo.convert.source import encodes, open_source
 
-    return open_source(folder, task).config
+    return open_source(folder, task, encoder=encodes(task)).config
 
 
 def _parts(

@@ -30,18 +30,15 @@ def _stack(ours: str, theirs: str, letter: str) -> dict[str, str]:
     }
 
 
-BODY = same(
-    {"encoder.embeddings.token": "{base}shared"}
-    | _stack("encoder", "encoder", "i")
-    | _stack("decoder", "decoder", "j")
-    | {
-        "decoder.blocks.{j}.cross.q": "{base}decoder.layers.{j}.encoder_attn.q_proj",
-        "decoder.blocks.{j}.cross.k": "{base}decoder.layers.{j}.encoder_attn.k_proj",
-        "decoder.blocks.{j}.cross.v": "{base}decoder.layers.{j}.encoder_attn.v_proj",
-        "decoder.blocks.{j}.cross.o": "{base}decoder.layers.{j}.encoder_attn.out_proj",
-        "decoder.blocks.{j}.cross_norm": "{base}decoder.layers.{j}.encoder_attn_layer_norm",
-    }
-)
+TOKENS = {"encoder.embeddings.token": "{base}shared"}
+DECODER = _stack("decoder", "decoder", "j") | {
+    "decoder.blocks.{j}.cross.q": "{base}decoder.layers.{j}.encoder_attn.q_proj",
+    "decoder.blocks.{j}.cross.k": "{base}decoder.layers.{j}.encoder_attn.k_proj",
+    "decoder.blocks.{j}.cross.v": "{base}decoder.layers.{j}.encoder_attn.v_proj",
+    "decoder.blocks.{j}.cross.o": "{base}decoder.layers.{j}.encoder_attn.out_proj",
+    "decoder.blocks.{j}.cross_norm": "{base}decoder.layers.{j}.encoder_attn_layer_norm",
+}
+BODY = same(TOKENS | _stack("encoder", "encoder", "i") | DECODER)
 
 
 def finish(model: Any, theirs: Any) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from effzoo.annotations import describe, fits
-from effzoo.architectures import AnyModel, Config, Perceiver, made
+from effzoo.architectures import AnyModel, Config, EncoderDecoder, Perceiver, made
 from effzoo.convert import texts
 from effzoo.convert.exporting import check_dense
 from effzoo.convert.filling import Fresh, device_of
 from effzoo.convert.genuine import bare
 from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, recognises
-from effzoo.convert.source import Source, open_source
+from effzoo.convert.source import Source, encodes, open_source
 from effzoo.convert.transfer import transfer
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
 from effzoo.sharding import all_processes, together
@@ -41,13 +41,14 @@ def from_transformers(
     source: a live model, a local folder, or a hub id; BERT, DistilBERT, ELECTRA, ALBERT, RoBERTa, XLM-RoBERTa,
         CamemBERT, NomicBERT, GTE, Jina's third embeddings, EuroBERT, Longformer, BigBird, ModernBERT, GPT-2, Llama,
         Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, OLMo 2, Gemma 2, Gemma 3 (its texts), Mixtral, Qwen3-MoE or Reformer
-        with any head that we have, the encoder of LED, BART, T5, mT5, or a Perceiver.
+        with any head that we have, BART, LED, T5, mT5, or a Perceiver.
     task: another than the source's, with a new head.
     num_labels: of a new classification head; None for the source's.
     dtype: of all tensors; None or "auto" for the source's, tensor by tensor where they differ (of a folder those of its
         files).
     shard: "full" splits the model over all processes as `effzoo.build` does, each of which reads its rows.
-    overrides: fields of the config, such as `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`.
+    overrides: fields of the config, such as `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`; of
+        an LED, `architecture="encoder"` takes the encoder alone, as a task that an encoder-decoder does not have does.
 
     The result has the source's device and training mode; names of labels are not kept. A tensor is trainable
     (requires_grad) where the one that it is made from is: parts of one (GPT-2's q, k and v), copies (an attention's new
@@ -76,7 +77,7 @@ def converted(
     source = bare(source)
     if recognises(source):
         return from_perceiver(source, task, num_labels, dtype, mesh, overrides, coding)
-    opened = open_source(source, task)
+    opened = open_source(source, task, encoder=overrides.get("architecture") == "encoder" or encodes(task))
     task = task or opened.task
     config = opened.config
     known = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_OVERRIDDEN]
@@ -150,7 +151,7 @@ def load(model: Any, source: Any, fresh: Fresh | None = None) -> None:
         raise ConversionError(f"weights can be loaded into a model of effzoo, got {type(model).__name__}")
     check_dense(model)
     with torch.no_grad():
-        opened = open_source(bare(source), model.task)
+        opened = open_source(bare(source), model.task, encoder=not isinstance(model, EncoderDecoder))
         transfer(cast(Any, model), opened, fresh=fresh)
     model.config = _with_texts(cast(Any, model.config), opened.config)
 

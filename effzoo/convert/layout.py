@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effzoo.architectures import Config, config_class
-from effzoo.architectures.function import WITH_HEAD
+from effzoo.architectures.function import WITH_HEAD, meant
 from effzoo.convert import texts
 from effzoo.convert.fields import check_fields
 from effzoo.convert.keymap import Rule, expand
@@ -71,6 +71,7 @@ class Layout:
     routes: feed-forwards are experts.
     module: where the classes are.
     parts: larger classes of theirs that hold a model of this layout, with its path in them; only that part is taken.
+    whole: the layout of these larger classes.
     finish: gives a model of ours what their config says besides weights and sizes.
     built: their fields that only a model of ours says.
     reads: their fields that `read`, `dropouts` and `finish` look at.
@@ -108,6 +109,7 @@ class Layout:
     routes: bool = False
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
+    whole: str = ""
     finish: Callable[[Any, Any], None] | None = None
     built: Callable[[Any], dict[str, Any]] = field(default=no_fields)
     reads: frozenset[str] = frozenset()
@@ -222,7 +224,10 @@ class Layout:
     def their_fields(self, config: Config, task: str) -> dict[str, Any]:
         """The fields of their config that say what ours says."""
         self.check(config, task)
-        fields = {name: getattr(config, ours) for ours, name in self.fields.items()}
+        fields = {
+            name: meant(config, ours) if ours.startswith("decoder_") else getattr(config, ours)
+            for ours, name in self.fields.items()
+        }
         if self.positions:
             fields[self.positions] = config.max_length + config.position_offset - self.offset
         if config.activation not in THEIR_ACTIVATION:

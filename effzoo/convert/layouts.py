@@ -38,20 +38,19 @@ LAYOUTS = {
 }
 
 
-def class_of(name: str) -> tuple[Layout, str] | None:
-    """The layout and the task of a class of transformers, or None."""
-    for layout in LAYOUTS.values():
-        for task, known in layout.classes.items():
-            if known == name:
-                return layout, task
-        if name in layout.parts:
-            return layout, "features"
-    return None
+def class_of(name: str, *, encoder: bool = False) -> tuple[Layout, str] | None:
+    """The layout and the task of a class of transformers, or None.
+
+    encoder: of an encoder-decoder the encoder alone, where it has a layout of its own.
+    """
+    wholes = [(layout, task) for layout in LAYOUTS.values() for task, known in layout.classes.items() if known == name]
+    parts = [(layout, "features") for layout in LAYOUTS.values() if name in layout.parts]
+    return next(iter([*parts, *wholes] if encoder else [*wholes, *parts]), None)
 
 
 def classes() -> str:
     """Every class name we know, in a sentence."""
-    return listing(name for layout in LAYOUTS.values() for name in (*layout.classes.values(), *layout.parts))
+    return listing(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.classes.values()))
 
 
 def family(config: Config) -> str:
@@ -81,7 +80,12 @@ def layout_for(model: Transformer | EncoderDecoder) -> Layout:
             f"a model with {model.config.experts} experts has no counterpart in transformers that "
             "we know; save its state_dict"
         )
-    kinds = sorted({core.name for core in model.cores()})
+    stack, decoder = (model.encoder, model.decoder) if isinstance(model, EncoderDecoder) else (model, None)
+    kinds = sorted({core.name for core in stack.cores()})
+    if decoder is not None and (other := {core.name for core in decoder.cores()} - {"full"}):
+        raise ConversionError(
+            f"a decoder of transformers that reads an encoder has full attention, and this one {listing(sorted(other))}"
+        )
     layout, *others = [_counterpart(model.config.layout, kind) for kind in kinds]
     if any(other is not layout for other in others):
         layout = None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from effzoo.architectures import Config
+from effzoo.architectures.encoder_decoder_config import OF_BOTH
 from effzoo.convert import texts
 from effzoo.convert.fields import check_code
 from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties
@@ -89,18 +90,24 @@ def _folders_of(name: str) -> Sequence[str]:
     return (found.submodule_search_locations or ()) if found else ()
 
 
-def open_source(source: Any, task: str | None) -> Source:
+def encodes(task: str | None) -> bool:
+    """Whether a task is one that encoders have and encoder-decoders do not."""
+    return task not in (None, *OF_BOTH)
+
+
+def open_source(source: Any, task: str | None, *, encoder: bool) -> Source:
     """Load a folder or hub id with the class that it was saved from, or take a live model as it is.
 
     task: says the class when the source does not name one that we know; its head may then be missing. Raises
         ConversionError.
+    encoder: of an encoder-decoder take the encoder alone, where it has a layout of its own.
     """
     if isinstance(source, (str, Path)):
-        return _from_pretrained(source, task)
+        return _from_pretrained(source, task, encoder)
     if type(source).__module__.startswith("peft."):
         check_origin("the model", source)
     for cls in type(source).__mro__:
-        if (found := class_of(cls.__name__)) and hasattr(source, "base_model_prefix"):
+        if (found := class_of(cls.__name__, encoder=encoder)) and hasattr(source, "base_model_prefix"):
             layout, its_task = found
             check_class(source, getattr(importlib.import_module(layout.module), cls.__name__))
             model = source.get_submodule(layout.parts.get(cls.__name__, ""))
@@ -111,7 +118,7 @@ def open_source(source: Any, task: str | None) -> Source:
     )
 
 
-def _from_pretrained(source: str | Path, task: str | None) -> Source:
+def _from_pretrained(source: str | Path, task: str | None, encoder: bool) -> Source:
     import transformers
 
     label = local_or_hub(source)
@@ -124,8 +131,10 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
             f"one of {', '.join(LAYOUTS)}"
         )
     layout = LAYOUTS[config.model_type]
+    if layout.whole and not encoder:
+        layout = LAYOUTS[layout.whole]
     name = (config.architectures or ["a class that its config does not name"])[0]
-    known = class_of(name)
+    known = class_of(name, encoder=encoder)
     if config.architectures and known is None and not hasattr(transformers, name):
         raise ConversionError(
             f"{label} was saved from {name}, which transformers does not have, so what it computes is not known; if "
@@ -136,7 +145,9 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
         raise ConversionError(
             f"{label} was saved from {name}, which has no counterpart in effzoo; give task=... to take what it needs"
         )
-    if known is not None and known[0] is not layout:
+    if known is not None and layout.name in (known[0].name, known[0].whole):
+        layout = known[0]
+    elif known is not None:
         raise ConversionError(
             f"{label} was saved from {name}, but its config.json says "
             f"model_type={config.model_type!r}; set the one that is true"
