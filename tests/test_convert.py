@@ -245,7 +245,7 @@ def test_the_encoder_of_led_is_read_and_goes_back_into_its_place(name, saved, tm
     source.save_pretrained(tmp_path)
     encoder = source.get_encoder()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    ours = convert.from_transformers(tmp_path if saved else source)
+    ours = convert.from_transformers(tmp_path if saved else source, architecture="encoder")
     assert (ours.task, ours.config.layers, ours.config.layout) == ("features", 2, "led")
     ids = torch.randint(5, 41, (2, 11))
     is_global = torch.zeros_like(ids)
@@ -734,8 +734,8 @@ def test_an_untied_head_is_refused():
      {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0},
      "sliding_attention": {"rope_type": "default"}}},
      "scales its rotary positions differently in local and global layers"),
-    ("led", "LEDModel", {"activation_dropout": 0.1}, "led with activation_dropout=0.1 has no counterpart"),
-    ("led", "LEDModel", {"encoder_layerdrop": 0.1}, "led with encoder_layerdrop=0.1 has no counterpart"),
+    ("led", "LEDEncoder", {"activation_dropout": 0.1}, "led with activation_dropout=0.1 has no counterpart"),
+    ("led", "LEDEncoder", {"encoder_layerdrop": 0.1}, "led with encoder_layerdrop=0.1 has no counterpart"),
 ])  # fmt: skip
 def test_features_of_transformers_that_we_lack_are_refused(family, name, changes, message):
     with pytest.raises(ConversionError, match=message):

@@ -90,13 +90,15 @@ def test_any_length_with_and_without_globals(n):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 2.0}, {"no_repeat_ngram_size": 2}])
 def test_generation_equals_that_of_transformers_with_a_cache_and_without(options):
-    theirs, given = headed(7, pad_token_id=1), marked(7)
+    theirs, given = headed(28, pad_token_id=1), marked(28)
     ours, ids = convert.from_transformers(theirs), given.pop("input_ids")
     del given["labels"]
     expected = theirs.generate(ids, **given, max_new_tokens=9, **options)
     assert len({tuple(row) for row in expected.tolist()}) > 1, "rows that say the same compare little"
     for use_cache in (True, False):
-        assert torch.equal(effzoo.generate(ours, ids, **given, max_new_tokens=9, use_cache=use_cache, **options), expected)
+        assert torch.equal(
+            effzoo.generate(ours, ids, **given, max_new_tokens=9, use_cache=use_cache, **options), expected
+        )
     wrapped = effzoo.transformers.wrap(ours)
     assert torch.equal(wrapped.generate(ids, **given, max_new_tokens=9, **options), expected)
     with pytest.raises(InputError, match="of max_length 24"):  # of the target, not of the source
@@ -115,7 +117,7 @@ def test_a_target_is_written_in_steps_as_at_once():
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_task_or_the_architecture_says_whether_the_encoder_is_taken_alone(saved, tmp_path):
-    theirs, given = headed(4), marked(4)
+    theirs, given = headed(4, activation_dropout=0.0), marked(4)
     theirs.save_pretrained(tmp_path)
     source = tmp_path if saved else theirs
     expected = theirs(**given)
@@ -140,7 +142,9 @@ def test_a_folder_is_read_by_name_and_with_other_lengths(tmp_path):
     read = effzoo.build(pretrained=tmp_path, dtype="auto", max_length=60, decoder_max_length=30).eval()
     close(read(**given).logits, theirs(**given).logits)
     table = read.decoder.embeddings.position.weight
-    assert len(table) == 30 and torch.equal(table[24:], table[:6]) and len(read.encoder.embeddings.position.weight) == 60
+    assert (
+        len(table) == 30 and torch.equal(table[24:], table[:6]) and len(read.encoder.embeddings.position.weight) == 60
+    )
     told, of = theirs.config, read.config
     names = ("vocab", "dim", "layers", "heads", "mlp", "decoder_layers", "decoder_heads", "decoder_mlp", "activation",
         "pad_token")  # fmt: skip
@@ -177,6 +181,14 @@ def test_what_transformers_has_not_is_refused_on_the_way_back():
     ):
         with pytest.raises(ConversionError, match=told):
             convert.to_transformers(effzoo.build("led-seq2seq", **(sizes | more)))
-    whole = effzoo.build("led-seq2seq", task="seq2seq_lm", **sizes, attention="longformer[window=4]")
-    back = convert.to_transformers(whole)  # which says how many layers its decoder has
-    assert (back.config.decoder_layers, back.config.max_decoder_position_embeddings) == (2, 1024)
+
+
+def test_sizes_of_the_decoder_that_are_those_of_the_encoder_are_said_there():
+    sizes = {"layers": 2, "dim": 16, "heads": 2, "mlp": 24, "vocab": VOCAB, "max_length": 40}
+    for name, attention in (("led-seq2seq", "longformer[window=4]"), ("bart", "full"), ("t5", "full")):
+        ours = effzoo.build(name, task="seq2seq_lm", **sizes, attention=attention).double().eval()
+        theirs, given = convert.to_transformers(ours), batch()
+        assert getattr(theirs.config, "num_decoder_layers" if name == "t5" else "decoder_layers") == 2
+        # the norms of T5 are in float32 there
+        atol = 1e-6 if name == "t5" else 1e-10
+        torch.testing.assert_close(theirs(**given).logits, ours(**given).logits, rtol=0, atol=atol)

@@ -33,6 +33,7 @@ _FIRST = (
 )  # fmt: skip
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout",
+    "activation_dropout", "final_dropout",
     "decoder_attention", "decoder_start_token", "decoder_max_length",
     "pad_token", "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
     "experts", "router", "expert_every", *texts.FIELDS,
