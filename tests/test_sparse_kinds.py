@@ -406,3 +406,27 @@ def test_the_random_blocks_of_training_and_evaluation_differ_as_in_transformers_
         core = created(f"bigbird[block=2, random=2, like_transformers={str(like).lower()}]", max_length=60)
         outs = [core.train(training)(*leaves, mask=Mask()) for training in (True, False)]
         assert torch.equal(*outs) is same_function
+
+
+SHARING = [
+    "full", "longformer[window=2]", "longformer[window=6]", "longformer[window=98]", "local[chunk=4]",
+    "streaming[window=3, sinks=2]", "streaming[window=99]", "bigbird[block=3, random=1]",
+    "bigbird[block=3, random=1, ends=false]", "bigbird[block=30]", "dilated[segments=(4, 16), dilations=(1, 2)]",
+    "blockwise[blocks=2]", "lsh[chunk=4]", "linformer[k=4]", "nystromformer[landmarks=4]", "linear",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("second", SHARING)
+def test_layers_of_other_kinds_share_a_mask(second):
+    """What a layer keeps on the mask of a batch is not taken for another's."""
+    n, is_global = 31, torch.zeros(2, 31, dtype=torch.bool)
+    is_global[0, 4] = is_global[1, 2] = True
+    with torch.no_grad():
+        later, given = created(second, max_length=64), drawn(n)
+        given = given[: len(later.projections)]
+        for marked in (None, is_global & padded(n)):
+            alone = later(*given, mask=Mask(padded(n), marked))
+            for first in SHARING:
+                core, mask = created(first, max_length=64), Mask(padded(n), marked)
+                core(*drawn(n)[: len(core.projections)], mask=mask)
+                assert torch.equal(later(*given, mask=mask), alone), first

@@ -167,8 +167,9 @@ class PredicateAttention(AttentionCore):
             return Part(q, k, v, tiling=tiling, inputs=[key_mask])
         bias = None
         if key_mask is not None:
-            memo_key = ("key mask", key_mask is mask.valid, q.dtype)
-            bias = mask.memo(memo_key, lambda: bias_of(key_mask[:, None, None, :], q.dtype))
+            # a layer with global tokens and one without see different keys
+            without = () if self.is_global(mask, k.shape[2]) is None else self.globals_key
+            bias = mask.memo(("key mask", *without, q.dtype), lambda: bias_of(key_mask[:, None, None, :], q.dtype))
         return Part(q, k, v, bias, causal=self.context.causal)
 
     def _scored(
