@@ -140,8 +140,6 @@ def test_decoding_from_a_cache_of_the_base_equals_the_whole_pass(padded):
     cache, parts = Cache(), []
     with effzoo.disabled(model):
         parts.append(model(ids[:, :4], attention_mask=mask[:, :4], cache=cache).logits)
-    cache.reorder(torch.tensor([1, 0]))
-    cache.reorder(torch.tensor([1, 0]))
     for start, end in ((4, 6), (6, 7), (7, 8)):
         parts.append(model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache).logits)
     at = mask.bool()
@@ -149,6 +147,15 @@ def test_decoding_from_a_cache_of_the_base_equals_the_whole_pass(padded):
     assert torch.equal(
         effzoo.generate(model, ids, max_new_tokens=5), effzoo.generate(model, ids, max_new_tokens=5, use_cache=False)
     )
+
+
+@pytest.mark.parametrize("order", [[1, 2, 0], [0, 0, 2], [1]])
+def test_rows_of_a_cache_that_are_reordered_keep_their_invocation(order):
+    """As in beam search, where the invocation of each row is elsewhere, or nowhere, and stands in the cache."""
+    model, rows, cache = ours(), ROWS[:3], Cache()
+    model(rows[:, :8], cache=cache)
+    cache.reorder(torch.tensor(order))
+    assert torch.allclose(model(rows[order][:, 8:], cache=cache).logits, model(rows[order]).logits[:, 8:], **EXACT)
 
 
 def test_rows_padding_documents_and_prompts():
