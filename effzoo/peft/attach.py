@@ -167,7 +167,7 @@ def activate(
     scale: s, or one by name: at every hook of a module s times what it adds acts. For a change of a weight that is s
         times the change, for a bottleneck s times its output, for attention with a gate s times the gate. Task heads
         count in full, as they replace a head and add nothing. Prompt tokens and a prefix in the joint softmax add
-        nothing that could be multiplied: another scale than 1 is refused for them.
+        nothing that could be multiplied: another scale than 1 is refused for them. A scale is not saved.
     train: which of them are trainable, the others act frozen; None for all, () for none.
 
     Task heads may be for different numbers of labels: in a stack the last one's counts; in an average and by row they

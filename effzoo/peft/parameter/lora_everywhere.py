@@ -83,7 +83,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
     tied: whether a change of the token embedding also reaches a language-model head that is tied to it; without, it
         acts on lookups alone and cannot be merged.
     invocation: tokens, `invocation=(5, 6, 9)`, from the first of which on the change acts, while keys and values of
-        what stands before are the base's, to the bit (activated LoRA, Greenewald et al. 2025, arXiv:2504.12397,
+        what stands before are the base's (activated LoRA, Greenewald et al. 2025, arXiv:2504.12397,
         section 3, which targets attn.q, attn.k and attn.v). Of several in a row the last counts, as in peft, so
         tokens before it depend on whether it comes: train on labels behind it. A row without one is computed by the
         base. In decoders, on linear layers of the blocks, never merged. A cache stays as it was computed: give a call
