@@ -20,7 +20,8 @@ from effzoo.measure.timing import Times, fitting, ratio
 
 KINDS = (
     "full", "blockwise", "blockwise[blocks=8]", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]",
-    "linformer[k=256]", "perceiver[latents=256]",
+    "linformer[k=256]", "perceiver[latents=256]", "nystromformer[landmarks=64]", "linear", "performer[features=256]",
+    "streaming[window=512, sinks=4]", "bigbird[block=64, random=3]", "dilated[segments=(512, 2048), dilations=(1, 4)]",
 )  # fmt: skip
 REFERENCE = "full"  # what the others are compared with, in the same rounds
 
