@@ -92,8 +92,10 @@ def test_nothing_of_a_file_stays(tmp_path, forks):
 
 def test_a_server_that_is_gone_is_told(tmp_path):
     text = "import os, signal\ndef facts():\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 1"
-    with ready(), pytest.raises(OptionError, match="has ended"):
-        asked(tmp_path, text)
+    with ready():
+        for _ in range(2):
+            with pytest.raises(OptionError, match="has ended"):
+                asked(tmp_path, text)
 
 
 def test_a_command_forks_itself(tmp_path):

@@ -43,7 +43,8 @@ class Server:
     def run(self, module: str, folder: str, environment: Mapping[str, str], seconds: float) -> int | None:
         """The exit code of `main(folder)` of a module, in a process of its own; None where it was stopped."""
         line = {"module": module, "folder": folder, "environment": dict(environment)}
-        self.asks.write(json.dumps(line).encode() + b"\n")
+        with suppress(BrokenPipeError):  # then there is no answer
+            self.asks.write(json.dumps(line).encode() + b"\n")
         number, ended = self._answer(), False
         try:
             ended = bool(select.select([self.answers], [], [], seconds)[0])
