@@ -84,7 +84,8 @@ def mask(axes: Axes, name: str) -> None:
     colours = ListedColormap([plots.COLOURS[state] for state in sorted(plots.COLOURS)])
     axes.imshow(cells.numpy(), cmap=colours, vmin=0, vmax=2, interpolation="nearest")
     axes.set_xlim(-0.5, N - 0.5)
-    axes.set_title(spec, fontsize=9, family="monospace")
+    # a longer title would run into those beside it
+    axes.set_title(spec if len(spec) < 34 else spec.replace("), ", "),\n"), fontsize=9, family="monospace")
     axes.set_xlabel(below, fontsize=9, color=GREY)
     bare(axes)
 
