@@ -120,7 +120,9 @@ def tables(suite: str, rows: list[Row]) -> list[Table]:
 PREDICTED = {"modes": ("forward", "train", "decode"), "lengths": tuple(2**power for power in range(8, 18))}
 KINDS = (
     "full", "blockwise", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]",
-    "perceiver[latents=256]",
+    "perceiver[latents=256]", "linear", "performer[features=256]", "nystromformer[landmarks=64]",
+    "streaming[window=256, sinks=4]", "bigbird[block=64]",
+    "dilated[segments=(512, 2048, 8192), dilations=(1, 4, 16)]",
 )  # fmt: skip
 
 

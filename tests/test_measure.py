@@ -12,11 +12,12 @@ import effzoo
 from effzoo.attention import AttentionCore, register
 from effzoo.cli import app
 from effzoo.errors import InputError, OptionError
-from effzoo.measure import Case, Scaling, Times, crossovers, interleaved, peak, ratio, report, wrong
+from effzoo.measure import Case, Scaling, Times, crossovers, figures, interleaved, peak, ratio, report, scaling, wrong
 from effzoo.measure import rows as files
 from effzoo.measure.finetuning import Finetuning, Step
 from effzoo.measure.layer import MODES, supported
 from effzoo.measure.page import finetune_table, markdown, page, scaling_table
+from effzoo.spec import parse_one
 
 SMALL = {"dim": 16, "heads": 2}
 KINDS = [
@@ -30,6 +31,9 @@ KINDS = [
     "linear",
     "performer[features=6]",
     "nystromformer[landmarks=4, conv=3]",
+    "streaming[window=4, sinks=2]",
+    "bigbird[block=3, random=1]",
+    "dilated[segments=(4, 16), dilations=(1, 2)]",
 ]
 
 
@@ -79,6 +83,10 @@ def test_every_kind_is_what_it_should_be_before_it_is_timed(kind, mode, dtype):
     else:
         assert wrong(case) == ""
         case.runner()()
+
+
+def test_the_speed_table_has_every_kind():
+    assert {parse_one(kind).name for kind in scaling.KINDS} == {*effzoo.attention.names()}
 
 
 def test_decoding_gives_the_last_row_of_the_causal_layer():
@@ -225,6 +233,8 @@ def test_the_report_holds_tables_and_figures_and_nothing_outside_it(tmp_path):
         "train_ratio.png",
         "train_time.png",
     ]
+    again = [*rows, row("full", 1024, 3.0)]  # measured anew beside a kind that came later
+    assert [found["ratio"] for found in figures._series(again, "seconds")["full"]] == [1.0, 3.0, 1.0]
     with pytest.raises(InputError, match="needs rows with times"):
         report.write([{"suite": "scaling", "failed": "out of memory"}], tmp_path)
     assert "&lt;b&gt;" in page("<b>", "", {})

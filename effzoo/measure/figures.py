@@ -114,9 +114,11 @@ def _styles(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _series(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
-    """The rows that have the value, by kind, in the order of the lengths."""
+    """The rows that have the value, by kind, in the order of the lengths; of a case that was measured again, the
+    last."""
     series: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["n"]):
+    last = {(row["attention"], row["n"]): row for row in rows}
+    for row in sorted(last.values(), key=lambda row: row["n"]):
         if row.get(what) is not None:
             series.setdefault(row["attention"], []).append(row)
     order = list(dict.fromkeys(row["attention"] for row in rows))
