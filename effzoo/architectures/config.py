@@ -397,7 +397,8 @@ class Config(ReadByTrainers):
             raise OptionError(f"task is one of {', '.join(TASKS)}, got {task!r}")
         if task == "seq2seq_lm":
             raise IncompatibleError(
-                f"{self.name} is one stack, and task={task!r} is for an encoder-decoder; build 'bart', say"
+                f"{self.name} is one stack, and task={task!r} is for an encoder-decoder; build 'bart', 't5' or "
+                "'led-seq2seq'"
             )
         if task == ("masked_lm" if self.causal else "causal_lm"):
             other = "causal_lm" if self.causal else "masked_lm"
