@@ -45,8 +45,9 @@ def tiny() -> dict[str, object]:
 
 
 LONGEST = [
-    "matrix", "checks", "plan", "state_machine", "train_hooks", "parallel", "simulated_cuda", "train_processes",
-    "triton", "compile", "cli", "parity", "convert_fields", "gpu_suite", "perceiver", "options_drawn",
+    "matrix", "sharded", "sharded_loading", "course_assignments", "parallel", "triton", "checks", "plan",
+    "state_machine", "train_hooks", "train_faults", "simulated_cuda", "train_processes", "compile", "cli", "parity",
+    "convert_fields", "gpu_suite", "perceiver", "options_drawn",
 ]  # fmt: skip
 
 
