@@ -49,7 +49,7 @@ def marked(seed):
     return given
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -59,9 +59,9 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers_and_back(seed)
     ours = convert.from_transformers(theirs)
     there, here = theirs(**given), ours(**given)
     tokens = given["attention_mask"].bool()
-    close(here.encoder_last_hidden_state[tokens], there.encoder_last_hidden_state[tokens])
-    close(here.logits, there.logits)
-    close(here.loss, there.loss)
+    assert_close(here.encoder_last_hidden_state[tokens], there.encoder_last_hidden_state[tokens])
+    assert_close(here.logits, there.logits)
+    assert_close(here.loss, there.loss)
     there.loss.backward()
     here.loss.backward()
     mine, compared = dict(ours.named_parameters()), 0
@@ -69,7 +69,7 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers_and_back(seed)
     for rule in LAYOUTS["led_seq2seq"].rules(ours.config, "seq2seq_lm", "seq2seq_lm"):
         for parameter in rule.parameters:
             if rule.key(parameter) in gradients:
-                close(mine[f"{rule.ours[0]}.{parameter}"].grad, gradients[rule.key(parameter)])
+                assert_close(mine[f"{rule.ours[0]}.{parameter}"].grad, gradients[rule.key(parameter)])
                 compared += 1
     assert compared == len(gradients)
     back = convert.to_transformers(ours)
@@ -85,7 +85,7 @@ def test_any_length_with_and_without_globals(n):
     ours, ids = convert.from_transformers(theirs), torch.randint(6, VOCAB, (2, n))
     for marks in (None, torch.zeros_like(ids), (torch.rand(2, n) < 0.4).long(), torch.ones_like(ids)):
         given = {"input_ids": ids, "global_attention_mask": marks, "decoder_input_ids": ids[:, :4]}
-        close(ours(**given).logits, theirs(**given).logits)
+        assert_close(ours(**given).logits, theirs(**given).logits)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 2.0}, {"no_repeat_ngram_size": 2}])
@@ -112,7 +112,7 @@ def test_a_target_is_written_in_steps_as_at_once():
         whole, cache = ours(**given, decoder_input_ids=target), Cache()
         read = {"attention_mask": given["attention_mask"], "encoder_outputs": whole, "cache": cache}
         parts = [ours(decoder_input_ids=piece, **read).logits for piece in target.split([1, 2, 4], dim=1)]
-    close(torch.cat(parts, dim=1), whole.logits)
+    assert_close(torch.cat(parts, dim=1), whole.logits)
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -127,7 +127,7 @@ def test_the_task_or_the_architecture_says_whether_the_encoder_is_taken_alone(sa
     alone = convert.from_transformers(source, architecture="encoder")
     assert (alone.task, alone.config.layout, alone.config.max_length) == ("features", "led", 40)
     tokens = given["attention_mask"].bool()
-    close(alone(**given).last_hidden_state[tokens], expected.encoder_last_hidden_state[tokens])
+    assert_close(alone(**given).last_hidden_state[tokens], expected.encoder_last_hidden_state[tokens])
     sorted_out = convert.from_transformers(source, task="classification", num_labels=3)
     assert sorted_out.config.layout == "led" and sorted_out(**given).logits.shape == (3, 3)
     with pytest.raises(OptionError, match="architecture"):
@@ -140,7 +140,7 @@ def test_a_folder_is_read_by_name_and_with_other_lengths(tmp_path):
     theirs, given = headed(5, encoder_layers=2, attention_window=[4, 4]), marked(5)
     theirs.save_pretrained(tmp_path)
     read = effzoo.build(pretrained=tmp_path, dtype="auto", max_length=60, decoder_max_length=30).eval()
-    close(read(**given).logits, theirs(**given).logits)
+    assert_close(read(**given).logits, theirs(**given).logits)
     table = read.decoder.embeddings.position.weight
     assert (
         len(table) == 30 and torch.equal(table[24:], table[:6]) and len(read.encoder.embeddings.position.weight) == 60
@@ -153,7 +153,7 @@ def test_a_folder_is_read_by_name_and_with_other_lengths(tmp_path):
         "led-seq2seq", task="seq2seq_lm", pretrained=tmp_path, dtype="auto", **sizes, decoder_max_length=24,
         decoder_start_token=told.decoder_start_token_id,
     ).eval()  # fmt: skip
-    close(named(**given).logits, theirs(**given).logits)
+    assert_close(named(**given).logits, theirs(**given).logits)
     effzoo.save(named, tmp_path / "ours")
     assert torch.equal(effzoo.load(tmp_path / "ours").eval()(**given).logits, named(**given).logits)
 

@@ -11,6 +11,7 @@ import effzoo
 from effzoo.attention import Context, Mask
 from effzoo.attention.bigbird import random_blocks, random_blocks_of_pretraining
 from effzoo.attention.core import Cache
+from effzoo.attention.union import Union
 from effzoo.errors import InputError, OptionError
 
 
@@ -37,7 +38,7 @@ def softmax(q, k, v, counts):
     return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-300) @ v
 
 
-def same(core, counts, *leaves, mask, memory=None):
+def assert_same(core, counts, *leaves, mask, memory=None):
     """Output and gradients of a core are those of the softmax over these keys."""
     out, wanted = core(*leaves, mask=mask, memory=memory), softmax(*leaves, counts)
     direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -64,7 +65,7 @@ def test_streaming_sees_a_window_and_the_first_positions(window, sinks, causal):
     for n in (1, 5, 33, 70):
         for valid in (None, padded(n)):
             seen = stream(n, window, sinks, causal) & (torch.ones(1) if valid is None else valid[:, None, None]).bool()
-            same(core, seen, *drawn(n), mask=Mask(valid))
+            assert_same(core, seen, *drawn(n), mask=Mask(valid))
 
 
 def test_streaming_by_hand():
@@ -167,8 +168,8 @@ def test_dilated_is_the_mixture_of_the_paper(pairs, causal):
         leaves = drawn(n, heads=3)
         torch.testing.assert_close(core(*leaves, mask=Mask()), longnet(*leaves, pairs, causal), rtol=0, atol=1e-12)
         counts = counted(n, pairs, 3, causal)
-        same(core, counts, *leaves, mask=Mask())
-        same(core, counts * padded(n)[:, None, None], *leaves, mask=Mask(padded(n)))
+        assert_same(core, counts, *leaves, mask=Mask())
+        assert_same(core, counts * padded(n)[:, None, None], *leaves, mask=Mask(padded(n)))
 
 
 def test_dilated_by_hand():
@@ -254,11 +255,11 @@ def test_bigbird_sees_a_window_random_blocks_and_global_ones(block, random, ends
     core = created(f"bigbird[block={block}, random={random}, ends={str(ends).lower()}]", max_length=64)
     for n in (1, 7, 26, 40):
         leaves = drawn(n)
-        same(core, blocks_seen(core, n), *leaves, mask=Mask())
+        assert_same(core, blocks_seen(core, n), *leaves, mask=Mask())
         marked = torch.zeros(2, n, dtype=torch.bool)
         marked[0, n // 2] = marked[1, n - 1] = True
         each = torch.stack([blocks_seen(core, n, {n // 2}), blocks_seen(core, n, {n - 1})])
-        same(core, each, *leaves, mask=Mask(is_global=marked))
+        assert_same(core, each, *leaves, mask=Mask(is_global=marked))
     core = created(f"bigbird[block={block}, random={random}, ends={str(ends).lower()}]", max_length=64)
     n, lengths = 40, (40, 31)
     valid = torch.arange(n) < torch.tensor(lengths)[:, None]
@@ -302,8 +303,8 @@ def test_a_predicate_may_say_how_often_a_key_counts(causal):
         place = torch.arange(n)
         gap = place[:, None] - place
         counts = (2 * (gap.abs() < 3) + (gap % 2 == 0)) * ((gap >= 0) | (not causal))
-        same(core, counts, *drawn(n), mask=Mask())
-        same(core, counts * padded(n)[:, None, None], *drawn(n), mask=Mask(padded(n)))
+        assert_same(core, counts, *drawn(n), mask=Mask())
+        assert_same(core, counts * padded(n)[:, None, None], *drawn(n), mask=Mask(padded(n)))
 
 
 COUNTED = "bigbird[block=2, random=1, like_transformers=true]", "dilated[segments=(4, 16), dilations=(1, 2)]"
@@ -343,7 +344,7 @@ def test_options_far_above_the_length_are_full_attention(spec):
     core, leaves = created(spec, max_length=5000), drawn(12)
     for valid in (None, padded(12)):
         seen = torch.ones(1, 1, 12, 12) if valid is None else valid[:, None, None].double()
-        same(core, seen, *leaves, mask=Mask(valid))
+        assert_same(core, seen, *leaves, mask=Mask(valid))
 
 
 def test_random_blocks_for_a_length_without_end_are_refused():
@@ -430,3 +431,17 @@ def test_layers_of_other_kinds_share_a_mask(second):
                 core, mask = created(first, max_length=64), Mask(padded(n), marked)
                 core(*drawn(n)[: len(core.projections)], mask=mask)
                 assert torch.equal(later(*given, mask=mask), alone), first
+
+
+def test_gradients_of_several_tilings_are_summed_before_they_are_rounded():
+    class Given:
+        def __init__(self, value):
+            self.value = value
+
+        def backward(self, *_):
+            return tuple(torch.full((1, 1, 2, 2), self.value, dtype=torch.bfloat16) for _ in range(3))
+
+    q = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
+    union = Union([(Given(value), 0) for value in (1.0, 2**-8, 2**-8)])
+    for gradient in union.backward(None, q, q, q, q, q, q, None):
+        assert gradient.dtype == torch.bfloat16 and (gradient == 1 + 2**-7).all()  # one by one it would stay 1

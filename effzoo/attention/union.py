@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from effzoo.attention.kernel import merge
@@ -35,7 +36,11 @@ class Union(Tiling):
             tiling.backward(_Numbered(kernel, number * NUMBERS), grad, q, k, v, out, lse, inputs[index])
             for number, (tiling, index) in enumerate(self.tilings)
         ]
-        grad_q, grad_k, grad_v = (sum(of_one[1:], start=of_one[0]) for of_one in zip(*found, strict=True))
+        exact = torch.promote_types(q.dtype, torch.float32)
+        sums = (
+            sum((x.to(exact) for x in of_one[1:]), start=of_one[0].to(exact)) for of_one in zip(*found, strict=True)
+        )
+        grad_q, grad_k, grad_v = (total.to(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
         return grad_q, grad_k, grad_v
 
     def disjoint(self, part: Part) -> list[Part]:

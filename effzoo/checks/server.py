@@ -113,9 +113,13 @@ def _forked() -> Server:
     if number == 0:
         os.close(asks)
         os.close(answers)
-        with suppress(BaseException):
-            serve(asked, answered)
-        os._exit(0)
+        try:
+            with suppress(BrokenPipeError):  # nobody asks any more
+                serve(asked, answered)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     os.close(asked)
     os.close(answered)
     return Server(os.fdopen(asks, "wb", 0), os.fdopen(answers, "rb", 0), lambda: os.waitpid(number, 0))

@@ -131,7 +131,7 @@ def check(
 
 def in_forks() -> AbstractContextManager[None]:
     """Run files in forks of this process, where it is the command's alone: no file waits for torch to be imported."""
-    return ready(fork=True) if terminal.first else nullcontext()
+    return ready(fork=True) if terminal.fresh else nullcontext()
 
 
 def _here(

@@ -36,7 +36,7 @@ COMMANDS = {  # name: module, and the first paragraph of its help; in the order 
     "lab": ("lab", "List the experiments, or run one beside the published numbers."),
 }
 MISTAKE, BUG, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
-first = False  # whether this process has run nothing with torch before the command
+fresh = False  # whether this process has run nothing with torch before the command
 KEPT = {  # what is true of each command after Ctrl-C; nothing was written by the others
     "finetune": "with --resume, the same command goes on from the newest checkpoint in --output, if there is one "
     "already",
@@ -94,8 +94,8 @@ class Later(TyperCommand):
     """A command whose module is imported when it is called: what torch takes to import, help need not wait for."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        global first
-        first = "torch" not in sys.modules
+        global fresh
+        fresh = "torch" not in sys.modules
         importlib.import_module(f"effzoo.cli.{COMMANDS[str(self.name)][0]}")
         return get_group(app).commands[str(self.name)].make_context(info_name, args, parent, **extra)
 

@@ -82,12 +82,12 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         of the gradient of W, from labelled data (Wang et al. 2024, arXiv:2407.05000).
     tied: whether a change of the token embedding also reaches a language-model head that is tied to it; without, it
         acts on lookups alone and cannot be merged.
-    invocation: tokens, `invocation=(5, 6, 9)`, from the first of which on the change acts, while keys and values of
-        what stands before are the base's (activated LoRA, Greenewald et al. 2025, arXiv:2504.12397,
-        section 3, which targets attn.q, attn.k and attn.v). Of several in a row the last counts, as in peft, so
-        tokens before it depend on whether it comes: train on labels behind it. A row without one is computed by the
-        base. In decoders, on linear layers of the blocks, never merged. A cache stays as it was computed: give a call
-        the whole invocation.
+    invocation: tokens, `invocation=(5, 6, 9)`: the change acts from the first of them on, and keys and values of what
+        stands before are the base's (activated LoRA, Greenewald et al. 2025, arXiv:2504.12397, section 3, which targets
+        attn.q, attn.k and attn.v). Where it comes several times in a row, the last one counts, as in peft; so what
+        stands before it depends on whether it comes: train on labels behind it. A row without it is computed by the
+        base. In decoders, on linear layers of the blocks, and never merged. A cache stays as it was computed: give the
+        whole invocation in one call.
 
     The base stays bit-identical under every init (`lora_starts.FromBase` says how). Embeddings and convolutions take
     part when they are targets; for biases use a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
